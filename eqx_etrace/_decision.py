@@ -1,0 +1,43 @@
+"""What the compiler decided about a weight or a state leaf, and why."""
+
+import dataclasses
+import enum
+
+
+class Kind(enum.Enum):
+    """The kinds of decision; `graph.explain` and `graph.report` show them."""
+
+    RELATION = "temporal credit"
+    CURRENT_STEP = "current-step gradient only"
+    UNUSED = "no gradient at all"
+    NOT_HIDDEN = "carried along, not hidden"
+    CUT = "credit between units is cut"
+    ACROSS_GROUPS = "credit across hidden groups"
+    MULTI_STEP = "multi-step VJP"
+    WARNING = "approximation chosen by the user"
+    BY_AD = "no closed form: Jacobian by automatic differentiation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """One decision of the compiler.
+
+    **Arguments:**
+
+    - `kind`: which kind of decision, a `Kind`.
+    - `reason`: a sentence for a person.
+    - `weight`: the key paths of the params concerned, e.g. `("cell.weight_hh",)`.
+    - `state`: the key paths of the state leaves concerned, e.g. `("state[0]",)`.
+    - `source`: the line of the user's (or of a library's) code.
+    """
+
+    kind: Kind
+    reason: str
+    weight: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    source: str = ""
+
+    def __str__(self) -> str:
+        about = ", ".join(self.weight + self.state)
+        where = f" ({self.source})" if self.source else ""
+        return f"{about}: {self.kind.value}: {self.reason}{where}"

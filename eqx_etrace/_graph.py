@@ -1,0 +1,404 @@
+"""`compile`: from a model to a frozen `ETraceGraph`.
+
+    stage           trace one step, keep the key paths
+    canonicalise    flatten it, splice in what only wraps
+    find_hidden     which state leaves a weight can influence
+    find_units      which hidden elements are one neuron
+    find_locality   what must be cut so that neurons stay apart, and who feeds whom
+    relations       which use of a weight feeds which units
+    find_bypasses   whether the new state is the only way out
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Shaped
+
+from ._canonicalise import canonicalise, refuse
+from ._credit import Analysis, decide, find_bypasses, unrelated_uses
+from ._decision import Decision, Kind
+from ._errors import CompileError
+from ._group import HiddenGroup, make_group
+from ._jaxpr import Equation, Origin, Program, live
+from ._locality import Locality, find_locality
+from ._reads import Reads
+from ._relation import (
+    Relation,
+    Use,
+    find_uses,
+    make_relation,
+    params_of,
+    related_groups,
+)
+from ._report import Report, explain, report
+from ._rules import DRTRL, LocalRule
+from ._stage import Frozen, Leaves, Staged, stage
+from ._units import Hidden, Units, find_hidden, find_units, influence
+
+
+Vjp = Literal["auto", "single-step", "multi-step"]
+
+
+class ETraceGraph(eqx.Module):
+    """What the compiler knows about one time step of a model; frozen, a pytree.
+
+    Its arrays (constants of the step, untrained arrays of the model) are leaves, all the
+    rest is static: a graph may be closed over, or passed through `eqx.filter_jit`,
+    `jax.jit` and scan carries. Made by `eqx_etrace.compile`; two graphs are
+    never equal, so compile once, outside jit.
+
+    **Attributes:**
+
+    - `groups`: the `HiddenGroup`s.
+    - `relations`: the `Relation`s, one trace each.
+    - `rule`: the learning rule.
+    - `vjp`: `"single-step"` or `"multi-step"`, as it was decided.
+    - `batch`: the batch size, None for an unbatched graph.
+    - `decisions`: every `Decision` of the compiler.
+    """
+
+    groups: tuple[HiddenGroup, ...]
+    relations: tuple[Relation, ...]
+    rule: LocalRule
+    vjp: str = eqx.field(static=True)
+    batch: int | None = eqx.field(static=True)
+    decisions: tuple[Decision, ...] = eqx.field(static=True)
+    program: Program = eqx.field(static=True)
+    constants: tuple[Shaped[Array, "..."], ...]
+    fixed: PyTree
+    static: Frozen = eqx.field(static=True)
+    trainable: Frozen = eqx.field(static=True)
+    """Which leaves of the model are params."""
+    param_leaves: Leaves = eqx.field(static=True)
+    state_leaves: Leaves = eqx.field(static=True)
+    x_leaves: Leaves = eqx.field(static=True)
+    out_leaves: Leaves = eqx.field(static=True)
+    hidden: Hidden = eqx.field(static=True)
+    preparation: tuple[Equation, ...] = eqx.field(static=True)
+    body: tuple[Equation, ...] = eqx.field(static=True)
+    weights: tuple[int, ...] = eqx.field(static=True)
+    """The inexact values that the body reads from the preparation."""
+    prepared: tuple[int, ...] = eqx.field(static=True)
+    """The other values that it reads from there: masks computed from weights."""
+    saved: tuple[int, ...] = eqx.field(static=True)
+    """The values of the body that traces and local programs read."""
+
+    def params(self, model: Any) -> PyTree:
+        """The trainable part of `model`, which must have the structure compiled.
+
+        **Raises:** `ValueError` if the model does not fit.
+        """
+        structure = jtu.tree_structure(model)
+        if structure != self.trainable.treedef:
+            raise ValueError(
+                f"model: got the structure {structure}, expected "
+                f"{self.trainable.treedef}. Compile again after changing the model."
+            )
+        params = eqx.filter(model, self.trainable.thaw())
+        self.param_leaves.flatten(params, None, "Pass the model that was compiled.")
+        return params
+
+    def model(self, params: PyTree) -> Any:
+        """The whole model with these params: the inverse of `params`."""
+        remedy = "Pass params as `graph.params(model)` gives them."
+        self.param_leaves.flatten(params, None, remedy)
+        return eqx.combine(params, self.fixed, self.static.thaw())
+
+    def report(self) -> Report:
+        """A table for a person: weights, hidden groups, and every reason.
+
+        Every weight that gets no temporal credit is named, with the reason.
+
+        !!! example
+
+            ```python
+            print(graph.report())
+            ```
+        """
+        return report(self)
+
+    def explain(self, *, weight: str | None = None, state: str | None = None) -> Report:
+        """The decisions about one param or state leaf, by its key path.
+
+        **Arguments:**
+
+        - `weight`: a key path such as `"cell.weight_hh"`.
+        - `state`: a key path such as `"state[0]"`.
+
+        **Raises:** `ValueError` if there is no such leaf; the message lists them.
+        """
+        return explain(self, weight, state)
+
+    def __repr__(self) -> str:
+        batch = "" if self.batch is None else f", batch={self.batch}"
+        sizes = ", ".join(f"{g.units} x {g.slots}" for g in self.groups)
+        return (
+            f"ETraceGraph({self.param_leaves.count} params, {len(self.relations)} "
+            f"relations, groups [{sizes}], {self.vjp}{batch})"
+        )
+
+
+def _find_hidden(program: Program, staged: Staged) -> Hidden:
+    first = staged.params.count
+    old = program.inputs[first : first + staged.state.count]
+    new = program.outputs[: staged.state.count]
+    leaves = find_hidden(program, old, new)
+    leaves = tuple(i for i in leaves if program.avals[old[i]].size)
+    if not leaves:
+        raise CompileError(_nothing_hidden(staged))
+    return Hidden(
+        leaves,
+        tuple(old[i] for i in leaves),
+        tuple(new[i] for i in leaves),
+        tuple(program.avals[old[i]].shape for i in leaves),
+    )
+
+
+def _nothing_hidden(staged: Staged) -> str:
+    params = ", ".join(staged.params.paths) or "none"
+    state = ", ".join(staged.state.paths) or "none"
+    return (
+        "No trainable weight reaches the state: got the params "
+        f"{params} and the state leaves {state}, expected at least one floating-point "
+        "state leaf that a param influences. Check that the step returns the new state, "
+        "that `trainable` selects the recurrent weights, and that no stop_gradient or "
+        "comparison without surrogate gradient lies between."
+    )
+
+
+def _credit_equations(program: Program, hidden: Hidden) -> list[Equation]:
+    """The equations of the body that a weight or the hidden state passes through."""
+    weights = {
+        ref
+        for ref, origin in enumerate(program.origins)
+        if origin is Origin.WEIGHT and program.avals[ref].inexact
+    }
+    reached = influence(program, weights | set(hidden.old))
+    return [
+        equation
+        for equation in _body(program)
+        if equation.differentiable and reached.intersection(equation.values)
+    ]
+
+
+def _body(program: Program) -> tuple[Equation, ...]:
+    return tuple(
+        equation
+        for equation in program.equations
+        if equation.effectful
+        or any(program.origins[ref] is Origin.DATA for ref in equation.outputs)
+    )
+
+
+def _relate(
+    program: Program,
+    hidden: Hidden,
+    units: Units,
+    locality: Locality,
+    staged: Staged,
+    uses: Sequence[Use],
+    names: dict[int, tuple[str, ...]],
+) -> tuple[tuple[HiddenGroup, ...], tuple[Relation, ...]]:
+    pairs = [(use, n) for use in uses for n in related_groups(use, units, locality)]
+    groups = []
+    for number in range(len(units.elements)):
+        ys = dict.fromkeys(use.y for use, n in pairs if n == number)
+        groups.append(
+            make_group(
+                program, hidden, units, locality, number, tuple(ys), staged.state.paths
+            )
+        )
+    relations = [
+        make_relation(program, use, n, units, locality, groups[n], names[use.ref])
+        for use, n in pairs
+    ]
+    if not relations:
+        raise CompileError(_no_relation(staged, groups))
+    return tuple(groups), tuple(relations)
+
+
+def _no_relation(staged: Staged, groups: Sequence[HiddenGroup]) -> str:
+    leaves = ", ".join(leaf for group in groups for leaf in group.leaves)
+    params = ", ".join(staged.params.paths)
+    return (
+        f"No weight feeds single units: got the params {params}, which reach the hidden "
+        f"state {leaves} only through equations that mix units, expected at least one "
+        "weight with a path to the new state of one unit. Check for a mean, sort or "
+        "product without weights between the last weight and the state."
+    )
+
+
+def _decide_vjp(vjp: str, bypasses: list[Decision]) -> tuple[str, list[Decision]]:
+    if vjp == "auto":
+        return ("multi-step" if bypasses else "single-step"), bypasses
+    if vjp == "single-step" and bypasses:
+        warnings = [
+            Decision(
+                Kind.WARNING,
+                f"{d.reason}, and single-step credit, which was asked for, misses it",
+                d.weight,
+                d.state,
+                d.source,
+            )
+            for d in bypasses
+        ]
+        return vjp, warnings
+    return vjp, bypasses
+
+
+def _check_arguments(rule: Any, vjp: Any, max_slots: Any) -> None:
+    if not isinstance(rule, LocalRule):
+        raise TypeError(
+            f"rule: got {rule!r}, expected a learning rule such as DRTRL(). Pass an "
+            "instance, not the class."
+        )
+    if vjp not in ("auto", "single-step", "multi-step"):
+        raise ValueError(
+            f"vjp: got {vjp!r}, expected 'auto', 'single-step' or 'multi-step'. Leave "
+            "it out to let the compiler decide."
+        )
+    if not isinstance(max_slots, int) or not 1 <= max_slots <= 62:
+        raise ValueError(
+            f"max_slots: got {max_slots!r}, expected an integer from 1 to 62. Traces "
+            "grow with it; 16 is enough for most neurons."
+        )
+
+
+def compile(
+    model: Any,
+    state: PyTree,
+    x: PyTree,
+    rule: LocalRule = DRTRL(),  # noqa: B008 a frozen module without arrays
+    *,
+    call: Callable[[Any, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
+    trainable: PyTree = eqx.is_inexact_array,
+    batched: bool = False,
+    vjp: Vjp = "auto",
+    max_unroll: int = 64,
+    max_slots: int = 16,
+) -> ETraceGraph:
+    """Compile one time step of a model for online learning with eligibility traces.
+
+    The model needs no marks and no special layers: its step is traced once, on the
+    shapes of `state` and `x`, and read from the jaxpr. Do it once, outside of jit.
+
+    **Arguments:**
+
+    - `model`: any Equinox module (or pytree with arrays) with one time step
+      `model(x, state) -> (out, state)`.
+    - `state`, `x`: a state and an input, any pytrees of arrays or of
+      `jax.ShapeDtypeStruct`s; only shapes and dtypes are used.
+    - `rule`: the learning rule.
+    - `call`: adapts a model with another convention:
+      `call(model, x, state) -> (out, state)`.
+    - `trainable`: which leaves are params: a predicate or a filter spec, as for
+      `equinox.partition`.
+    - `batched`: the leading axis of every leaf of `state` and `x` is the batch, and the
+      model is unbatched, as under `jax.vmap`.
+    - `vjp`: `"single-step"` (learning signal times trace), `"multi-step"` (ordinary
+      gradient of the step plus the trace at its start), or `"auto"`: single-step where
+      the new state is the only way out of the step, multi-step otherwise.
+    - `max_unroll`: the longest loop inside a step that is unrolled.
+    - `max_slots`: how many state variables a unit may have.
+
+    **Returns:** a frozen `ETraceGraph`.
+
+    **Raises:** `CompileError` with the key path, the line of code and the remedy.
+
+    !!! example
+
+        ```python
+        cell = eqx.nn.GRUCell(3, 8, key=jax.random.key(0))
+        graph = eqx_etrace.compile(
+            cell, jnp.zeros(8), jnp.zeros(3), call=lambda m, x, h: (m(x, h),) * 2
+        )
+        print(graph.report())
+        ```
+    """
+    del max_unroll  # loops with weights or hidden state inside are refused
+    _check_arguments(rule, vjp, max_slots)
+    staged = stage(model, state, x, call=call, trainable=trainable, batched=batched)
+    program, values = canonicalise(staged)
+    hidden = _find_hidden(program, staged)
+    refuse(_credit_equations(program, hidden))
+    reads = Reads(program, dict(zip(program.constants, values, strict=True)))
+    units = find_units(program, hidden, reads, max_slots)
+    locality = find_locality(program, hidden, units, reads)
+    sources = params_of(program, staged.params.count)
+    uses = [use for use in find_uses(program) if sources.get(use.ref)]
+    names = {
+        use.ref: tuple(staged.params.paths[i] for i in sorted(sources[use.ref]))
+        for use in uses
+    }
+    groups, relations = _relate(
+        program, hidden, units, locality, staged, uses, names
+    )
+    analysis = Analysis(
+        program=program,
+        hidden=hidden,
+        reads=reads,
+        locality=locality,
+        groups=groups,
+        relations=relations,
+        unrelated=unrelated_uses(uses, relations, names),
+        param_paths=staged.params.paths,
+        state_paths=staged.state.paths,
+        out_paths=staged.out.paths,
+    )
+    chosen, bypasses = _decide_vjp(vjp, find_bypasses(analysis))
+    return _assemble(
+        staged, program, values, hidden, groups, relations, rule, chosen,
+        (*decide(analysis), *bypasses),
+    )
+
+
+def _assemble(
+    staged: Staged,
+    program: Program,
+    values: Sequence[Any],
+    hidden: Hidden,
+    groups: tuple[HiddenGroup, ...],
+    relations: tuple[Relation, ...],
+    rule: LocalRule,
+    vjp: str,
+    decisions: tuple[Decision, ...],
+) -> ETraceGraph:
+    body = _body(program)
+    read = {ref for equation in body for ref in equation.values}
+    made = [ref for ref in sorted(read) if program.origins[ref] is Origin.WEIGHT]
+    preparation = tuple(
+        equation
+        for equation in live(program.equations, made)
+        if equation not in body
+    )
+    context = {ref for group in groups for ref in group.context}
+    operands = {ref for relation in relations for ref in relation.equation.values}
+    saved = {
+        ref for ref in context | operands if program.origins[ref] is Origin.DATA
+    }
+    return ETraceGraph(
+        groups=groups,
+        relations=relations,
+        rule=rule,
+        vjp=vjp,
+        batch=staged.batch,
+        decisions=decisions,
+        program=program,
+        constants=tuple(jnp.asarray(value) for value in values),
+        fixed=staged.fixed,
+        static=staged.static,
+        trainable=staged.trainable,
+        param_leaves=staged.params,
+        state_leaves=staged.state,
+        x_leaves=staged.x,
+        out_leaves=staged.out,
+        hidden=hidden,
+        preparation=preparation,
+        body=body,
+        weights=tuple(ref for ref in made if program.avals[ref].inexact),
+        prepared=tuple(ref for ref in made if not program.avals[ref].inexact),
+        saved=tuple(sorted(saved)),
+    )

@@ -1,0 +1,209 @@
+"""`HiddenGroup`: units with the same slots, and their own part of the local program."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Shaped
+
+from ._jaxpr import Equation, Program, evaluate
+from ._locality import Edge, Locality, flow, slot_matrix
+from ._units import Hidden, Units
+
+
+class HiddenGroup(eqx.Module):
+    """All units that have the same state variables: P units with S slots each.
+
+    Slot s of all units is one vector of length P. It is often a whole state leaf; if
+    it is a part of one, `index` says which elements.
+
+    **Attributes:**
+
+    - `units`: P.
+    - `slots`: S.
+    - `leaves`: per slot, the key path of its state leaf.
+    - `transition_matrix`: S x S booleans; entry [s'][s] says whether the old slot s of
+      a unit can influence its new slot s' (the structure of D).
+    """
+
+    units: int = eqx.field(static=True)
+    slots: int = eqx.field(static=True)
+    leaves: tuple[str, ...] = eqx.field(static=True)
+    transition_matrix: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
+    within_matrix: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
+    """The structure of M - I: which new slots feed which within the step."""
+    slot_leaf: tuple[int, ...] = eqx.field(static=True)
+    """Per slot, the position of its leaf among the hidden leaves."""
+    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    """Per slot, the shape of its leaf."""
+    dtypes: tuple[Any, ...] = eqx.field(static=True)
+    index: tuple[Int[Array, " units"] | None, ...]
+    old: tuple[int, ...] = eqx.field(static=True)
+    doors: tuple[int, ...] = eqx.field(static=True)
+    own: tuple[int, ...] = eqx.field(static=True)
+    """The hidden leaves the group lives in, in the order of `old` and `doors`."""
+    uses: tuple[int, ...] = eqx.field(static=True)
+    """The values y of the group's relations."""
+    equations: tuple[Equation, ...] = eqx.field(static=True)
+    context: tuple[int, ...] = eqx.field(static=True)
+    """The values that the local program reads and does not compute."""
+    cut: tuple[Edge, ...] = eqx.field(static=True)
+    masked: tuple[Edge, ...] = eqx.field(static=True)
+    masks: tuple[Bool[Array, "..."], ...]
+
+    def read(
+        self, leaves: Mapping[int, Shaped[Array, "..."]]
+    ) -> list[Shaped[Array, " units"]]:
+        """The slots, each a vector over units, from hidden leaves by position."""
+        slots = []
+        for leaf, index in zip(self.slot_leaf, self.index, strict=True):
+            flat = leaves[leaf].reshape(-1)
+            slots.append(flat if index is None else flat[index])
+        return slots
+
+    def seed(self, slot: int) -> list[Shaped[Array, "..."]]:
+        """Ones on one slot and zeros elsewhere, in the shapes of the own leaves."""
+        leaf, index = self.slot_leaf[slot], self.index[slot]
+        seeds = []
+        for position in self.own:
+            first = self.slot_leaf.index(position)
+            shape, dtype = self.shapes[first], self.dtypes[first]
+            if position != leaf:
+                seeds.append(jnp.zeros(shape, dtype))
+            elif index is None:
+                seeds.append(jnp.ones(shape, dtype))
+            else:
+                flat = jnp.zeros(int(np.prod(shape, dtype=np.int64)), dtype)
+                seeds.append(flat.at[index].set(1).reshape(shape))
+        return seeds
+
+    def local_step(
+        self,
+        env: Mapping[int, Any],
+        old: Sequence[Any],
+        at_use: Sequence[Any],
+        at_door: Sequence[Any],
+    ) -> list[Any]:
+        """The own leaves' new state in the local program.
+
+        `at_use` and `at_door` are added to the values of the uses and to the new state
+        (an empty `at_door` adds nothing); `env` holds weights, constants and the context.
+        """
+        changes = dict(zip(self.uses, at_use, strict=True))
+        for ref, change in zip(self.doors, at_door, strict=False):
+            changes[ref] = changes[ref] + change if ref in changes else change
+
+        def add(change: Any):
+            return lambda value: value + change
+
+        tap = {ref: add(change) for ref, change in changes.items()}
+        edge = dict.fromkeys(self.cut, jax.lax.stop_gradient)
+        for key, mask in zip(self.masked, self.masks, strict=True):
+            edge[key] = _masked_stop(mask)
+        start = dict(env) | dict(zip(self.old, old, strict=True))
+        for ref in self.context:
+            if ref in tap:
+                start[ref] = tap[ref](start[ref])
+        env = evaluate(self.equations, start, edge=edge, tap=tap)
+        return [env[ref] for ref in self.doors]
+
+
+def _masked_stop(mask: Any):
+    def stop(value: Any) -> Any:
+        return jnp.where(mask, jax.lax.stop_gradient(value), value)
+
+    return stop
+
+
+def local_equations(
+    program: Program,
+    start: Sequence[int],
+    doors: Sequence[int],
+    cuts: Mapping[Edge, Any],
+) -> tuple[Equation, ...]:
+    """The equations through which `start` acts on `doors`, uncut edges only."""
+    local, _ = flow(program, start, cuts=dict(cuts))
+    needed, kept = set(doors), []
+    for equation in reversed(program.equations):
+        if not needed.intersection(equation.outputs):
+            continue
+        through = {
+            ref
+            for k, ref in enumerate(equation.inputs)
+            if isinstance(ref, int) and ref in local
+            and not _whole(cuts.get((equation.index, k)))
+        }
+        if through and equation.differentiable:
+            kept.append(equation)
+            needed |= through
+    return tuple(kept[::-1])
+
+
+def _whole(cut: Any) -> bool:
+    return cut is not None and bool(cut.all())
+
+
+def make_group(
+    program: Program,
+    hidden: Hidden,
+    units: Units,
+    locality: Locality,
+    number: int,
+    uses: Sequence[int],
+    paths: Sequence[str],
+) -> HiddenGroup:
+    """Build group `number` with the uses related to it."""
+    table = units.elements[number]
+    offsets = hidden.offsets
+    leaf_of = np.searchsorted(offsets, table[0], side="right") - 1
+    index, matrices = [], {"old": [], "doors": []}
+    for slot, leaf in enumerate(leaf_of):
+        places = table[:, slot] - offsets[leaf]
+        whole = np.array_equal(places, np.arange(offsets[leaf + 1] - offsets[leaf]))
+        index.append(None if whole else jnp.asarray(places, jnp.int32))
+        for name, refs in (("old", hidden.old), ("doors", hidden.doors)):
+            bits = locality.bits.get(refs[leaf])
+            mine = None if bits is None else bits[places]
+            matrices[name].append((mine, np.full(places.size, slot)))
+    own = tuple(sorted({int(leaf) for leaf in leaf_of}))
+    old = tuple(hidden.old[leaf] for leaf in own)
+    doors = tuple(hidden.doors[leaf] for leaf in own)
+    start = [*old, *doors, *uses]
+    equations = local_equations(program, start, doors, locality.cuts)
+    made = {ref for equation in equations for ref in equation.outputs}
+    read = {ref for equation in equations for ref in equation.values} | set(doors)
+    edges = [
+        (edge, cut)
+        for equation in equations
+        for k in range(len(equation.inputs))
+        if (cut := locality.cuts.get(edge := (equation.index, k))) is not None
+    ]
+    partial = [(edge, cut) for edge, cut in edges if not _whole(cut)]
+    return HiddenGroup(
+        units=table.shape[0],
+        slots=table.shape[1],
+        leaves=tuple(paths[hidden.leaves[leaf]] for leaf in leaf_of),
+        transition_matrix=slot_matrix(matrices["old"], table.shape[1]),
+        within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
+        slot_leaf=tuple(int(leaf) for leaf in leaf_of),
+        shapes=tuple(hidden.shapes[leaf] for leaf in leaf_of),
+        dtypes=tuple(program.avals[hidden.doors[leaf]].dtype for leaf in leaf_of),
+        index=tuple(index),
+        old=old,
+        doors=doors,
+        own=own,
+        uses=tuple(uses),
+        equations=equations,
+        context=tuple(sorted(read - made - set(old))),
+        cut=tuple(edge for edge, cut in edges if _whole(cut)),
+        masked=tuple(edge for edge, _ in partial),
+        masks=tuple(_mask(program, edge, cut) for edge, cut in partial),
+    )
+
+
+def _mask(program: Program, edge: Edge, cut: Any) -> Any:
+    ref = program.equations[edge[0]].inputs[edge[1]]
+    return jnp.asarray(np.reshape(cut, program.avals[ref].shape))

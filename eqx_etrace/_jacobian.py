@@ -1,0 +1,197 @@
+"""The derivatives of one step: the step itself, and D, df and M of its local program.
+
+All functions here work on one sample; batched callers map them with `jax.vmap`.
+
+For every hidden group and slot s', one reverse pass through the group's local program,
+seeded with ones on slot s' of all units, gives at once
+
+    D[s'][s] = dh'_{s'}/dh_s       (units)
+    df[s']   = dh'_{s'}/dy         (the shape of y, for every relation)
+    M[s'][s] = dh'_{s'}/d(new h_s) (units; the identity but for same-step paths)
+
+because in the local program no value feeds more than one unit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from ._graph import ETraceGraph
+from ._group import HiddenGroup
+from ._jaxpr import Ref, evaluate, literal
+from ._locality import Edge
+from ._relation import Relation
+from ._rules import RelationJacobian
+
+
+Entries = tuple[tuple[Shaped[Array, " units"] | None, ...], ...]
+
+
+class GroupJacobian(eqx.Module):
+    """D, M and df of one hidden group; None where structurally zero.
+
+    **Attributes:**
+
+    - `transition`: D, S x S vectors over units.
+    - `within`: M - I, S x S vectors over units.
+    - `direct`: per use of the group, per slot, an array of the shape of y.
+    """
+
+    transition: Entries
+    within: Entries
+    direct: tuple[tuple[Shaped[Array, "..."] | None, ...], ...]
+
+
+def prepare(
+    graph: ETraceGraph, params: Sequence[Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Run the preparation: the weights, and the other values made of params alone."""
+    env = dict(zip(graph.program.constants, graph.constants, strict=True))
+    env.update(zip(graph.program.inputs, params, strict=False))
+    env = evaluate(graph.preparation, env)
+    weights = tuple(env[ref] for ref in graph.weights)
+    return weights, tuple(env[ref] for ref in graph.prepared)
+
+
+def shared_env(
+    graph: ETraceGraph, weights: Sequence[Any], prepared: Sequence[Any]
+) -> dict[int, Any]:
+    """What all samples have in common: constants, weights, other prepared values."""
+    env = dict(zip(graph.program.constants, graph.constants, strict=True))
+    env.update(zip(graph.weights, weights, strict=True))
+    env.update(zip(graph.prepared, prepared, strict=True))
+    return env
+
+
+def run(
+    graph: ETraceGraph,
+    shared: Mapping[int, Any],
+    state: Sequence[Any],
+    x: Sequence[Any],
+    *,
+    at_door: Sequence[Any] | None = None,
+    edge: Mapping[Edge, Callable[[Any], Any]] | None = None,
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """One step of the full program: new state, output, and the saved values."""
+    first = graph.param_leaves.count
+    env = dict(shared) | dict(
+        zip(graph.program.inputs[first:], (*state, *x), strict=True)
+    )
+    tap = {}
+    if at_door is not None:
+        for ref, change in zip(graph.hidden.doors, at_door, strict=True):
+            tap[ref] = _add(change)
+    env = evaluate(graph.body, env, edge=edge, tap=tap)
+    count = graph.state_leaves.count
+    outputs = [env[ref] for ref in graph.program.outputs]
+    return outputs[:count], outputs[count:], [env[ref] for ref in graph.saved]
+
+
+def _add(change: Any) -> Callable[[Any], Any]:
+    return lambda value: value + change
+
+
+def group_jacobian(
+    graph: ETraceGraph,
+    group: HiddenGroup,
+    env: Mapping[int, Any],
+    state: Sequence[Any],
+    *,
+    within: bool,
+) -> GroupJacobian:
+    """D, df and (with `within`) M of one group, by one reverse pass per slot."""
+    avals = graph.program.avals
+    old = [state[graph.hidden.leaves[leaf]] for leaf in group.own]
+    at_use = [jnp.zeros(avals[ref].shape, avals[ref].dtype) for ref in group.uses]
+    within = within and any(any(row) for row in group.within_matrix)
+    doors = group.doors if within else ()
+    at_door = [jnp.zeros(avals[ref].shape, avals[ref].dtype) for ref in doors]
+
+    def local(old: list[Any], at_use: list[Any], at_door: list[Any]) -> list[Any]:
+        return group.local_step(env, old, at_use, at_door)
+
+    _, pull = jax.vjp(local, old, at_use, at_door)
+    transition, inside, direct = [], [], []
+    for slot in range(group.slots):
+        of_old, of_use, of_door = pull(group.seed(slot))
+        row = group.read(dict(zip(group.own, of_old, strict=True)))
+        transition.append(_keep(row, group.transition_matrix[slot]))
+        if within:
+            row = group.read(dict(zip(group.own, of_door, strict=True)))
+            inside.append(_keep(row, group.within_matrix[slot]))
+        direct.append(of_use)
+    per_use = zip(*direct, strict=True)
+    return GroupJacobian(tuple(transition), tuple(inside), tuple(per_use))
+
+
+def _keep(row: Sequence[Any], structure: Sequence[bool]) -> tuple[Any, ...]:
+    return tuple(
+        entry if kept else None for entry, kept in zip(row, structure, strict=True)
+    )
+
+
+def jacobians(
+    graph: ETraceGraph,
+    shared: Mapping[int, Any],
+    state: Sequence[Any],
+    saved: Sequence[Any],
+    *,
+    within: bool,
+) -> tuple[GroupJacobian, ...]:
+    """The Jacobians of all groups, at the values that `run` saved."""
+    env = dict(shared) | dict(zip(graph.saved, saved, strict=True))
+    return tuple(
+        group_jacobian(graph, group, env, state, within=within)
+        for group in graph.groups
+    )
+
+
+def relation_jacobian(
+    graph: ETraceGraph,
+    relation: Relation,
+    jacobian: GroupJacobian,
+    env: Mapping[int, Any],
+) -> RelationJacobian:
+    """What a learning rule needs to know about one relation."""
+    group = graph.groups[relation.group]
+    direct = jacobian.direct[group.uses.index(relation.y)]
+    operands = tuple(_value(env, ref) for ref in relation.equation.inputs)
+    kept = tuple(
+        array if slot in relation.reached else None for slot, array in enumerate(direct)
+    )
+    return RelationJacobian(jacobian.transition, kept, operands)
+
+
+def _value(env: Mapping[int, Any], ref: Ref) -> Any:
+    return env[ref] if isinstance(ref, int) else literal(ref)
+
+
+def partial_signal(
+    group: HiddenGroup, total: Sequence[Any], within: Entries
+) -> list[Any]:
+    """The learning signal l = M^-T T of one group from the total derivative T.
+
+    T counts a path from one slot of a unit to another within the step, and the trace
+    holds that path too. M - I is nilpotent, so S - 1 substitution sweeps solve for l.
+    """
+    signal = list(total)
+    if not within:
+        return signal
+    for _ in range(group.slots - 1):
+        signal = [
+            total[s]
+            - sum(
+                (
+                    (within[t][s] * signal[t]).astype(total[s].dtype)
+                    for t in range(group.slots)
+                    if within[t][s] is not None
+                ),
+                jnp.zeros_like(total[s]),
+            )
+            for s in range(group.slots)
+        ]
+    return signal

@@ -1,0 +1,207 @@
+"""The local program at compile time: what is cut, and who feeds whom.
+
+Unit labels are sent backward from the new state. An element of an operand is *cut* (read
+through a stop_gradient in the local program) where
+
+- the elements that read it feed several units (the mean of a layer, a recurrent
+  product), or
+- it carries the old state of another unit than the one it feeds, or
+- it carries any old state and the equation mixes with a weight.
+
+What is left sends every value to one unit only, so one reverse pass with ones on a slot
+gives that slot's row of all units at once. Along with the labels go bits: which slots of
+its unit an element feeds. They tell which derivatives are structurally zero.
+
+`Doors` then checks whether the new state is the only way out (single-step) or some path
+bypasses it (multi-step).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from ._custom_types import Labels
+from ._jaxpr import Equation, Program
+from ._reads import NONE, SEVERAL, Mixing, Reads, merge, push, push_bits
+from ._units import Hidden, Units, weighted
+
+
+Edge = tuple[int, int]
+"""An equation's index and the position of one of its operands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Locality:
+    """What the backward pass over one program finds."""
+
+    feeds: dict[int, Labels]
+    """Per value, the unit that each element feeds locally, or NONE."""
+    bits: dict[int, Labels]
+    """Per value, the slots that each element feeds, as bits."""
+    cuts: dict[Edge, Labels]
+    """Per edge, the elements of the operand that are cut."""
+
+
+class _Backward:
+    def __init__(self, program: Program, hidden: Hidden, units: Units, reads: Reads):
+        self.program, self.units, self.reads = program, units, reads
+        self.feeds: dict[int, Labels] = {}
+        self.bits: dict[int, Labels] = {}
+        self.cuts: dict[Edge, Labels] = {}
+        self.seeds: dict[int, Labels] = {}
+        self.consumers: dict[int, list[Edge]] = {}
+        offsets = hidden.offsets
+        for i, ref in enumerate(hidden.doors):
+            own = slice(offsets[i], offsets[i + 1])
+            self.feeds[ref] = units.unit[own].astype(np.int32)
+            self.seeds[ref] = np.left_shift(np.int64(1), units.slot[own])
+
+    def run(self) -> Locality:
+        for equation in reversed(self.program.equations):
+            if equation.differentiable:
+                outputs = [self.resolve(ref) for ref in equation.outputs]
+                if any(found is not None for found in outputs):
+                    self.through(equation, outputs)
+        for ref in list(self.feeds):
+            self.resolve(ref)
+        return Locality(self.feeds, self.bits, self.cuts)
+
+    def resolve(self, ref: int) -> tuple[Labels, Labels] | None:
+        """Labels and bits of a value whose readers are all known; an element that
+        feeds several units by different equations is cut at each of them."""
+        labels = self.feeds.get(ref)
+        if labels is None or not self.program.avals[ref].inexact:
+            return None
+        several = labels == SEVERAL
+        if several.any():
+            for edge in self.consumers[ref]:
+                self.cuts[edge] = self.cuts.get(edge, False) | several
+            labels = self.feeds[ref] = np.where(several, NONE, labels)
+        bits = self.bits.setdefault(ref, np.zeros(labels.size, np.int64))
+        bits[several] = 0
+        return labels, bits | self.seeds.get(ref, 0)
+
+    def through(self, equation: Equation, outputs: list) -> None:
+        mixing = self.reads.kind(equation) is Mixing.MIXING
+        product = mixing and weighted(self.program, equation)
+        for k, ref in enumerate(equation.inputs):
+            if not isinstance(ref, int) or not self.program.avals[ref].inexact:
+                continue
+            size = self.program.avals[ref].size
+            target: Labels | None = None
+            bits = np.zeros(size, np.int64)
+            arrays = self.reads(equation, k)
+            for found, array in zip(outputs, arrays, strict=True):
+                if found is None:
+                    continue
+                target = merge(target, push(found[0], array, size))
+                bits |= push_bits(found[1], array, size)
+            if target is not None:
+                self.arrive((equation.index, k), ref, target, bits, product)
+
+    def arrive(
+        self, edge: Edge, ref: int, target: Labels, bits: Labels, product: bool
+    ) -> None:
+        carried = self.units.carried.get(ref)
+        cut = target == SEVERAL
+        if carried is not None and product:
+            cut |= (carried != NONE) & (target != NONE)
+        elif carried is not None:
+            cut |= (carried >= 0) & (target >= 0) & (carried != target)
+        if cut.any():
+            self.cuts[edge] = cut
+            target, bits = np.where(cut, NONE, target), np.where(cut, 0, bits)
+        self.consumers.setdefault(ref, []).append(edge)
+        self.feeds[ref] = merge(self.feeds.get(ref), target)
+        self.bits[ref] = self.bits.get(ref, 0) | bits
+
+
+def find_locality(
+    program: Program, hidden: Hidden, units: Units, reads: Reads
+) -> Locality:
+    """Send unit labels backward from the new state; see the head of this file."""
+    return _Backward(program, hidden, units, reads).run()
+
+
+def slot_matrix(
+    sources: Iterable[tuple[Labels | None, Labels]], slots: int
+) -> tuple[tuple[bool, ...], ...]:
+    """`matrix[s'][s]`: whether slot s of some unit feeds slot s', from pairs of (bits,
+    slot numbers) of a group's elements."""
+    matrix = np.zeros((slots, slots), bool)
+    for bits, slot in sources:
+        if bits is None:
+            continue
+        for s in range(slots):
+            union = np.bitwise_or.reduce(bits[slot == s], initial=0)
+            matrix[:, s] |= [(int(union) >> t) & 1 == 1 for t in range(slots)]
+    return tuple(tuple(bool(entry) for entry in row) for row in matrix)
+
+
+def flow(
+    program: Program,
+    start: Iterable[int],
+    *,
+    blocked: frozenset[int] = frozenset(),
+    cuts: dict[Edge, Labels] | None = None,
+) -> tuple[set[int], list[Edge]]:
+    """Values that a derivative reaches from `start`, and the cut edges it met.
+
+    A blocked value is reached but not left. With `cuts`, an edge whose operand is cut
+    in whole is not passed; without, every edge is.
+    """
+    reached, met = set(start), []
+    for equation in program.equations:
+        if not equation.differentiable:
+            continue
+        arrives = False
+        for k, ref in enumerate(equation.inputs):
+            if not isinstance(ref, int) or ref not in reached or ref in blocked:
+                continue
+            cut = cuts.get((equation.index, k)) if cuts is not None else None
+            if cut is not None:
+                met.append((equation.index, k))
+            arrives |= cut is None or not cut.all()
+        if arrives:
+            reached.update(
+                ref for ref in equation.outputs if program.avals[ref].inexact
+            )
+    return reached, met
+
+
+def bypass_of_use(
+    program: Program,
+    locality: Locality,
+    use: int,
+    own_doors: frozenset[int],
+    doors: frozenset[int],
+) -> Equation | int | None:
+    """How a related value gets past its unit's new state: by an output's number, by
+    the equation that sends it to other units, or (None) not at all."""
+    outputs = set(program.outputs) - doors
+    local, met = flow(program, [use], blocked=own_doors, cuts=locality.cuts)
+    for ref in program.outputs:
+        if ref in outputs and ref in local:
+            return ref
+    if any(ref in local for ref in doors - own_doors):
+        return next(ref for ref in doors - own_doors if ref in local)
+    for index, _ in met:
+        equation = program.equations[index]
+        foreign, _ = flow(program, equation.outputs)
+        if foreign & (outputs | doors):
+            return equation
+    return None
+
+
+def bypass_of_state(
+    program: Program,
+    old: Iterable[int],
+    own_doors: frozenset[int],
+    doors: frozenset[int],
+) -> int | None:
+    """The output, or other group's new state, that the old state reaches directly."""
+    reached, _ = flow(program, old, blocked=own_doors)
+    wanted = (set(program.outputs) | doors) - own_doors
+    return next((ref for ref in program.outputs if ref in reached & wanted), None)
+

@@ -1,0 +1,50 @@
+"""The default: the Jacobian of one equation by automatic differentiation.
+
+It defines what every closed form must equal. Its trace has an entry for every pair of an
+element of y and an element of the weight, which the report shows as its cost.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from .._jaxpr import Equation, Program, bind
+from ._base import OpRule
+
+
+class ByAD(OpRule):
+    """Trace axes: the axes of y, then the axes of the weight."""
+
+    trace_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    summed: tuple[int, ...]
+    equation: Equation
+    operand: int
+    output: int
+
+    name: ClassVar[str] = "by AD"
+
+    def expand(self, v: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return v.reshape(v.shape + (1,) * len(self.weight_shape))
+
+    def influence(
+        self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
+    ) -> Shaped[Array, "..."]:
+        def y(w: Any) -> Any:
+            args = list(operands)
+            args[self.operand] = w
+            return bind(self.equation, args)[self.output]
+
+        # Reverse mode: a custom_vjp has no other.
+        jacobian = jax.jacrev(y)(jnp.asarray(operands[self.operand]))
+        return self.expand(df) * jacobian.astype(df.dtype)
+
+
+def by_ad(program: Program, equation: Equation, k: int, output: int) -> ByAD:
+    """The default rule, for any operand of any differentiable equation."""
+    y_shape = program.avals[equation.outputs[output]].shape
+    w_shape = program.avals[equation.inputs[k]].shape
+    summed = tuple(range(len(y_shape)))
+    return ByAD(y_shape + w_shape, w_shape, summed, equation, k, output)

@@ -1,0 +1,196 @@
+"""Which elements of an operand each element of an equation's output reads.
+
+One array answers for every kind of equation. For operand k and output o it has the
+shape (reads, *shape of o) and holds element numbers of the operand, or NONE:
+
+| equation | reads |
+|---|---|
+| elementwise | one: the element at the same place, after broadcasting |
+| structural | one: found by evaluating the equation on the element numbers themselves |
+| a reduction, a product with a constant | the elements along the contracted axes |
+| anything else | ALL: every output element may read every operand element |
+
+`pull` moves labels forward along these reads, `push` moves them backward.
+"""
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._custom_types import Labels
+from ._jaxpr import (
+    DOT_GENERAL,
+    REDUCTIONS,
+    Equation,
+    Program,
+    Ref,
+    aval_of,
+    bind,
+    index_positions,
+    is_elementwise,
+    is_structural,
+    literal,
+)
+
+
+NONE = -1
+SEVERAL = -2
+ALL = None
+# A contraction that reads more than this many elements in total is not spelt out: no
+# unit is that large, and the array would be.
+_MOST_READS = 1 << 22
+
+
+class Mixing(enum.Enum):
+    """What an equation does to elements."""
+
+    ELEMENTWISE = 0
+    STRUCTURAL = 1
+    MIXING = 2
+
+
+class Reads:
+    """The reads of the equations of one program; a cache that lives for a compile."""
+
+    def __init__(self, program: Program, constants: Mapping[int, Any]):
+        self.program = program
+        self.constants = constants
+        self._kinds: dict[int, Mixing] = {}
+        self._cache: dict[tuple[int, int], list[Labels | None]] = {}
+
+    def known(self, ref: Ref) -> Any | None:
+        """The value of a constant operand, None for anything else."""
+        return self.constants.get(ref) if isinstance(ref, int) else literal(ref)
+
+    def kind(self, equation: Equation) -> Mixing:
+        if equation.index not in self._kinds:
+            kind = Mixing.MIXING
+            if is_elementwise(equation, self.program.avals):
+                kind = Mixing.ELEMENTWISE
+            elif is_structural(equation, self.known):
+                kind = Mixing.STRUCTURAL
+            self._kinds[equation.index] = kind
+        return self._kinds[equation.index]
+
+    def __call__(self, equation: Equation, k: int) -> list[Labels | None]:
+        """Per output, the array described above, or ALL."""
+        key = (equation.index, k)
+        if key not in self._cache:
+            self._cache[key] = self._find(equation, k)
+        return self._cache[key]
+
+    def _find(self, equation: Equation, k: int) -> list[Labels | None]:
+        kind = self.kind(equation)
+        operand = aval_of(self.program.avals, equation.inputs[k])
+        if kind is Mixing.ELEMENTWISE:
+            places = _places(operand.shape)
+            shapes = [self.program.avals[ref].shape for ref in equation.outputs]
+            return [np.broadcast_to(places, shape)[None] for shape in shapes]
+        if kind is Mixing.STRUCTURAL:
+            return [out[None] for out in self._moved(equation, k)]
+        if equation.primitive in REDUCTIONS:
+            axes = equation.params["axes"]
+            return [_to_front(_places(operand.shape), axes)]
+        if equation.primitive is DOT_GENERAL:
+            return [self._contracted(equation, k)]
+        return [ALL for _ in equation.outputs]
+
+    def _moved(self, equation: Equation, k: int) -> list[Labels]:
+        indices = index_positions(equation)
+        args = []
+        for position, ref in enumerate(equation.inputs):
+            aval = aval_of(self.program.avals, ref)
+            if position in indices:
+                args.append(self.known(ref))
+            elif position == k:
+                args.append(jnp.asarray(_places(aval.shape)))
+            else:
+                args.append(jnp.full(aval.shape, NONE, np.int32))
+        with jax.ensure_compile_time_eval():
+            outs = [np.asarray(out) for out in bind(equation, args)]
+        return [np.where(out < 0, NONE, out) for out in outs]
+
+    def _contracted(self, equation: Equation, k: int) -> Labels | None:
+        (contract, batch) = equation.params["dimension_numbers"]
+        mine, other = self._shape(equation, k), self._shape(equation, 1 - k)
+        free = _free(len(mine), contract[k], batch[k])
+        other_free = _free(len(other), contract[1 - k], batch[1 - k])
+        order = [*contract[k], *batch[k], *free]
+        places = np.transpose(_places(mine), order)
+        count = int(np.prod([mine[axis] for axis in contract[k]], dtype=np.int64))
+        lead = tuple(mine[axis] for axis in batch[k])
+        own = tuple(mine[axis] for axis in free)
+        others = tuple(other[axis] for axis in other_free)
+        if places.size * int(np.prod(others, dtype=np.int64)) > _MOST_READS:
+            return ALL
+        places = places.reshape(count, *lead, *own)
+        gap = tuple(range(places.ndim, places.ndim + len(others)))
+        if k == 1:
+            gap = tuple(range(1 + len(lead), 1 + len(lead) + len(others)))
+        shape = (*lead, *own, *others) if k == 0 else (*lead, *others, *own)
+        return np.broadcast_to(np.expand_dims(places, gap), (count, *shape))
+
+    def _shape(self, equation: Equation, k: int) -> tuple[int, ...]:
+        return aval_of(self.program.avals, equation.inputs[k]).shape
+
+
+def _free(ndim: int, *taken: tuple[int, ...]) -> list[int]:
+    return [axis for axis in range(ndim) if not any(axis in axes for axes in taken)]
+
+
+def _places(shape: tuple[int, ...]) -> Labels:
+    size = int(np.prod(shape, dtype=np.int64))
+    return np.arange(size, dtype=np.int32).reshape(shape)
+
+
+def _to_front(places: Labels, axes: tuple[int, ...]) -> Labels:
+    kept = [axis for axis in range(places.ndim) if axis not in axes]
+    shape = tuple(places.shape[axis] for axis in kept)
+    return np.transpose(places, [*axes, *kept]).reshape(-1, *shape)
+
+
+def pull(labels: Labels, reads: Labels) -> Labels:
+    """Labels of the operand's elements, as (reads, output elements)."""
+    rows = reads.reshape(reads.shape[0], -1)
+    return np.where(rows >= 0, labels[rows], NONE)
+
+
+def push(labels: Labels, reads: Labels | None, size: int) -> Labels:
+    """Labels of the output's elements, as (operand elements): NONE where no labelled
+    element reads, SEVERAL where elements of different labels do."""
+    if reads is ALL:
+        found = np.unique(labels[labels != NONE])
+        label = NONE if found.size == 0 else found[0] if found.size == 1 else SEVERAL
+        return np.full(size, label, np.int32)
+    rows = reads.reshape(reads.shape[0], -1)
+    targets = np.broadcast_to(labels, rows.shape)
+    used = (rows >= 0) & (targets != NONE)
+    rows, targets = rows[used], targets[used]
+    result = np.full(size, NONE, np.int32)
+    result[rows] = targets
+    result[rows[result[rows] != targets]] = SEVERAL
+    return result
+
+
+def push_bits(bits: Labels, reads: Labels | None, size: int) -> Labels:
+    """Union, over the output elements that read it, of each element's bits."""
+    if reads is ALL:
+        return np.full(size, np.bitwise_or.reduce(bits, initial=0), np.int64)
+    rows = reads.reshape(reads.shape[0], -1)
+    values = np.broadcast_to(bits, rows.shape)
+    used = (rows >= 0) & (values != 0)
+    result = np.zeros(size, np.int64)
+    np.bitwise_or.at(result, rows[used], values[used])
+    return result
+
+
+def merge(first: Labels | None, second: Labels) -> Labels:
+    """Two label arrays of one value: SEVERAL where they disagree."""
+    if first is None:
+        return second
+    agree = (first == second) | (second == NONE)
+    return np.where(first == NONE, second, np.where(agree, first, SEVERAL))

@@ -1,0 +1,200 @@
+"""From uses of weights to relations, or to a decision that says why not.
+
+A use is an equation y = op(..., w, ...) with a weight among its operands. It is related
+to a hidden group if y feeds units of that group in the local program; the unit map says
+which element of y feeds which unit. A use that feeds units of two groups gives two
+relations, each blind to the other's elements.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from ._custom_types import Labels
+from ._group import HiddenGroup
+from ._jaxpr import Equation, Origin, Program
+from ._locality import Edge, Locality
+from ._op_rules import OpRule, op_rule
+from ._reads import NONE
+from ._units import Units
+
+
+class UnitMap(eqx.Module):
+    """For each element of y, the unit it feeds, as a way to spread unit vectors."""
+
+    units: int = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    repeats: tuple[int, int] | None = eqx.field(static=True)
+    """(outer, inner): the unit vector tiled `outer` times, each entry `inner` times."""
+    index: Int[Array, "..."] | None
+    """The unit of each element, -1 for none, where no tiling describes it."""
+
+    def spread(self, v: Shaped[Array, " units"]) -> Shaped[Array, "..."]:
+        """A vector over units as an array of the shape of y."""
+        if self.repeats is not None:
+            outer, inner = self.repeats
+            tiled = jnp.broadcast_to(v[None, :, None], (outer, self.units, inner))
+            return tiled.reshape(self.shape)
+        return jnp.where(self.index >= 0, v[self.index], jnp.zeros((), v.dtype))
+
+
+def unit_map(positions: Labels, units: int, shape: tuple[int, ...]) -> UnitMap:
+    """The cheapest description of `positions`, the unit of each element of y."""
+    flat = positions.reshape(-1)
+    if flat.size and flat.size % units == 0:
+        inner = int(np.argmax(flat != flat[0])) or flat.size
+        outer = flat.size // (units * inner) if flat.size % (units * inner) == 0 else 0
+        tiling = np.tile(np.repeat(np.arange(units), inner), outer)
+        if np.array_equal(tiling, flat):
+            return UnitMap(units, shape, (outer, inner), None)
+    index = jnp.asarray(positions.reshape(shape), jnp.int32)
+    return UnitMap(units, shape, None, index)
+
+
+class Relation(eqx.Module):
+    """One use of a weight and the hidden group whose units it feeds.
+
+    **Attributes:**
+
+    - `weight`: the key paths of the params that the weight is computed from.
+    - `group`: the number of the hidden group.
+    - `slots`: the slots of the group that keep a trace.
+    - `op`: the op rule, which knows the layout of the trace.
+    - `source`: the line of code of the use.
+    """
+
+    weight: tuple[str, ...] = eqx.field(static=True)
+    group: int = eqx.field(static=True)
+    slots: tuple[int, ...] = eqx.field(static=True)
+    reached: tuple[int, ...] = eqx.field(static=True)
+    """The slots that y feeds within the step; the others are fed through these."""
+    op: OpRule = eqx.field(static=True)
+    source: str = eqx.field(static=True)
+    ref: int = eqx.field(static=True)
+    """The number of the weight's value in the program."""
+    equation: Equation = eqx.field(static=True)
+    operand: int = eqx.field(static=True)
+    y: int = eqx.field(static=True)
+    trace_dtypes: tuple[Any, ...] = eqx.field(static=True)
+    weight_dtype: Any = eqx.field(static=True)
+    map: UnitMap
+
+    @property
+    def edge(self) -> Edge:
+        return self.equation.index, self.operand
+
+    @property
+    def name(self) -> str:
+        return " * ".join(self.weight) or "a constant"
+
+    def expand(self, v: Shaped[Array, " units"]) -> Shaped[Array, "..."]:
+        """A vector over units, shaped so that it multiplies a trace."""
+        return self.op.expand(self.map.spread(v))
+
+    def trace_bytes(self) -> int:
+        """Bytes of the trace of one sample."""
+        size = int(np.prod(self.op.trace_shape, dtype=np.int64))
+        return sum(size * np.dtype(dtype).itemsize for dtype in self.trace_dtypes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A weight among the operands of an equation of the step."""
+
+    equation: Equation
+    operand: int
+    output: int
+
+    @property
+    def ref(self) -> int:
+        return self.equation.inputs[self.operand]
+
+    @property
+    def y(self) -> int:
+        return self.equation.outputs[self.output]
+
+
+def find_uses(program: Program) -> list[Use]:
+    """Every place where a trainable weight meets the data of the step."""
+    uses = []
+    for equation in program.equations:
+        data = [
+            o
+            for o, ref in enumerate(equation.outputs)
+            if program.origins[ref] is Origin.DATA and program.avals[ref].inexact
+        ]
+        for k, ref in enumerate(equation.inputs):
+            if not isinstance(ref, int) or program.origins[ref] is not Origin.WEIGHT:
+                continue
+            if program.avals[ref].inexact and equation.differentiable:
+                uses.extend(Use(equation, k, output) for output in data)
+    return uses
+
+
+def params_of(program: Program, count: int) -> dict[int, frozenset[int]]:
+    """Per value computed from params alone, the params a derivative can reach."""
+    found = {ref: frozenset([i]) for i, ref in enumerate(program.inputs[:count])}
+    for equation in program.equations:
+        if not equation.differentiable:
+            continue
+        sources = frozenset().union(*(found.get(r, ()) for r in equation.values))
+        for ref in equation.outputs:
+            if program.origins[ref] is Origin.WEIGHT and program.avals[ref].inexact:
+                found[ref] = sources
+    return found
+
+
+def related_groups(use: Use, units: Units, locality: Locality) -> list[int]:
+    """The groups that a use feeds in the local program."""
+    feeds = locality.feeds.get(use.y)
+    if feeds is None or (feeds == NONE).all():
+        return []
+    return sorted({int(group) for group in units.group[feeds[feeds >= 0]]})
+
+
+def make_relation(
+    program: Program,
+    use: Use,
+    number: int,
+    units: Units,
+    locality: Locality,
+    group: HiddenGroup,
+    names: tuple[str, ...],
+) -> Relation:
+    """The relation of a use to group `number`."""
+    transition = group.transition_matrix
+    feeds = locality.feeds[use.y]
+    mine = (feeds >= 0) & (units.group[feeds] == number)
+    positions = np.where(mine, units.position[feeds], NONE)
+    bits = int(np.bitwise_or.reduce(locality.bits[use.y][mine], initial=0))
+    reached = tuple(s for s in range(len(transition)) if (bits >> s) & 1)
+    kept = set(reached)
+    while True:
+        more = {
+            t for t, row in enumerate(transition) if any(row[s] for s in kept)
+        } | kept
+        if more == kept:
+            break
+        kept = more
+    slots = tuple(sorted(kept))
+    shape = program.avals[use.y].shape
+    return Relation(
+        weight=names,
+        group=number,
+        slots=slots,
+        reached=reached,
+        op=op_rule(program, use.equation, use.operand, use.output),
+        source=use.equation.source,
+        ref=use.ref,
+        equation=use.equation,
+        operand=use.operand,
+        y=use.y,
+        trace_dtypes=tuple(group.dtypes[s] for s in slots),
+        weight_dtype=program.avals[use.ref].dtype,
+        map=unit_map(positions, group.units, shape),
+    )
+

@@ -1,0 +1,131 @@
+"""The report: a table that a person reads, made from the decisions of the compiler."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ._decision import Decision, Kind
+
+
+if TYPE_CHECKING:
+    from ._graph import ETraceGraph
+
+
+class Report(str):
+    """Text that shows itself at a prompt as it prints."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return ["  " + line for line in lines]
+
+
+def size(count: int) -> str:
+    """A number of bytes as a person reads it."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in shape) or "scalar"
+
+
+def _weights(graph: "ETraceGraph") -> list[str]:
+    rows = []
+    batch = graph.batch or 1
+    for path, spec in zip(
+        graph.param_leaves.paths, graph.param_leaves.specs, strict=True
+    ):
+        shape = _shape(spec.shape)
+        for relation in graph.relations:
+            if path in relation.weight:
+                leaves = graph.groups[relation.group].leaves
+                slots = ", ".join(leaves[slot] for slot in relation.slots)
+                bytes_ = size(batch * relation.trace_bytes())
+                row = (path, shape, relation.op.name, str(relation.group), bytes_)
+                rows.append((*row, f"trace on {slots}"))
+        for kind in (Kind.CURRENT_STEP, Kind.UNUSED):
+            for decision in graph.decisions:
+                if decision.kind is kind and path in decision.weight:
+                    text = f"{decision.kind.value}: {decision.reason}"
+                    rows.append((path, shape, "none", "-", "0 B", text))
+    header = ("weight", "shape", "op rule", "group", "trace", "credit")
+    return _table(header, dict.fromkeys(rows))
+
+
+def _groups(graph: "ETraceGraph") -> list[str]:
+    rows = [
+        (str(number), f"{g.units} x {g.slots}", ", ".join(g.leaves))
+        for number, g in enumerate(graph.groups)
+    ]
+    return _table(("group", "units x slots", "state leaves"), rows)
+
+
+def _list(title: str, decisions: Sequence[Decision]) -> list[str]:
+    if not decisions:
+        return []
+    return ["", title, *(f"  - {decision}" for decision in decisions)]
+
+
+def report(graph: "ETraceGraph") -> Report:
+    """The text of `graph.report()`."""
+    total = sum(relation.trace_bytes() for relation in graph.relations)
+    batch = "unbatched" if graph.batch is None else f"batch {graph.batch}"
+    rule = type(graph.rule).__name__
+    of_kind = {kind: [d for d in graph.decisions if d.kind is kind] for kind in Kind}
+    lines = [
+        f"{rule}, {graph.vjp}, {batch}, trace {size((graph.batch or 1) * total)}",
+        "",
+        "Weights",
+        *_weights(graph),
+        "",
+        "Hidden groups",
+        *_groups(graph),
+        *_list("State leaves carried along, not hidden", of_kind[Kind.NOT_HIDDEN]),
+        *_list(f"Why {graph.vjp}", of_kind[Kind.MULTI_STEP]),
+        *_list("Cut", of_kind[Kind.CUT]),
+        *_list("Across groups", of_kind[Kind.ACROSS_GROUPS]),
+        *_list("Without a closed form", of_kind[Kind.BY_AD]),
+        *_list("Warnings", of_kind[Kind.WARNING]),
+    ]
+    return Report("\n".join(lines))
+
+
+def _check_path(what: str, path: str | None, paths: Sequence[str]) -> None:
+    if path is not None and path not in paths:
+        raise ValueError(
+            f"{what}: got {path!r}, expected one of the key paths "
+            f"{', '.join(paths)}. Copy it from `graph.report()`."
+        )
+
+
+def explain(graph: "ETraceGraph", weight: str | None, state: str | None) -> Report:
+    """The text of `graph.explain(...)`."""
+    if weight is None and state is None:
+        raise ValueError(
+            "explain: got neither a weight nor a state, expected one of them. Use "
+            "`graph.report()` for everything."
+        )
+    _check_path("weight", weight, graph.param_leaves.paths)
+    _check_path("state", state, graph.state_leaves.paths)
+    chosen = [
+        decision
+        for decision in graph.decisions
+        if (weight is None or weight in decision.weight)
+        and (state is None or state in decision.state)
+    ]
+    about = " and ".join(path for path in (weight, state) if path is not None)
+    lines = [f"  - {d}" for d in chosen] or ["  - nothing was decided about this pair"]
+    return Report("\n".join([about, *lines]))

@@ -1,0 +1,4 @@
+"""Learning rules, one a file."""
+
+from ._base import LocalRule as LocalRule, RelationJacobian as RelationJacobian
+from ._drtrl import DRTRL as DRTRL

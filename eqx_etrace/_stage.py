@@ -1,0 +1,221 @@
+"""From the user's model to a staged step: one jaxpr and its leaf tables.
+
+The step is traced once, on the shapes of one sample, as a flat function
+
+    (params leaves, fixed array leaves, state leaves, x leaves)
+        -> (new state leaves, output leaves)
+
+and every leaf keeps the key path that the user knows it by. What is wrong with the
+arguments of `compile` is said here, before or right after the user's step is traced.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._errors import CompileError, describe, dtype_of, is_array_like, sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """Structure, key paths, shapes and dtypes of a pytree; static and hashable."""
+
+    name: str
+    treedef: Any
+    paths: tuple[str, ...]
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.specs)
+
+    def flatten(self, tree: PyTree, batch: int | None, remedy: str) -> list[Any]:
+        """The leaves of `tree`, or a ValueError that names the first that differs."""
+        leaves, treedef = jtu.tree_flatten(tree)
+        if treedef != self.treedef:
+            raise ValueError(self._structure_message(tree, remedy))
+        lead = () if batch is None else (batch,)
+        for path, spec, leaf in zip(self.paths, self.specs, leaves, strict=True):
+            expected = jax.ShapeDtypeStruct((*lead, *spec.shape), spec.dtype)
+            fits = is_array_like(leaf) and jnp.shape(leaf) == expected.shape
+            if not fits or dtype_of(leaf) != expected.dtype:
+                got, wanted = describe(leaf), describe(expected)
+                raise ValueError(sentence(path, got, wanted, remedy))
+        return leaves
+
+    def _structure_message(self, tree: PyTree, remedy: str) -> str:
+        got = dict(named_leaves(self.name, tree, keep_none=True))
+        for path in self.paths:
+            if path not in got or got[path] is None:
+                found = "nothing" if path not in got else "None"
+                wanted = describe(self.specs[self.paths.index(path)])
+                return sentence(path, found, wanted, remedy)
+        for path, leaf in got.items():
+            if path not in self.paths and leaf is not None:
+                return sentence(path, describe(leaf), "nothing there", remedy)
+        _, treedef = jtu.tree_flatten(tree)
+        return sentence(self.name, str(treedef), str(self.treedef), remedy)
+
+
+def named_leaves(
+    name: str, tree: PyTree, keep_none: bool = False
+) -> list[tuple[str, Any]]:
+    """Leaves with paths as a person writes them: `cell.weight_hh`, `state[0]`."""
+    is_leaf = (lambda leaf: leaf is None) if keep_none else None
+    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [((name + jtu.keystr(path)).lstrip(".") or "model", x) for path, x in flat]
+
+
+def leaf_table(name: str, tree: PyTree, drop_batch: bool = False) -> Leaves:
+    """Read a pytree of arrays, shape structs or Python numbers into a table."""
+    named = named_leaves(name, tree)
+    specs = []
+    for path, leaf in named:
+        if not is_array_like(leaf):
+            remedy = "Every leaf of state and x must be an array, a shape or a number."
+            raise CompileError(sentence(path, describe(leaf), "an array", remedy))
+        shape = jnp.shape(leaf)[1:] if drop_batch else jnp.shape(leaf)
+        specs.append(jax.ShapeDtypeStruct(shape, dtype_of(leaf)))
+    paths = tuple(path for path, _ in named)
+    return Leaves(name, jtu.tree_structure(tree), paths, tuple(specs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """What tracing the step gives: the jaxpr, the tables, and the fixed leaves."""
+
+    closed: Any
+    params: Leaves
+    state: Leaves
+    x: Leaves
+    out: Leaves
+    fixed: PyTree
+    """The arrays of the model that are not trained; None elsewhere."""
+    static: "Frozen"
+    """The rest of the model: functions, strings, sizes."""
+    trainable: "Frozen"
+    """True for the leaves of the model that are params."""
+    batch: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A pytree without arrays, hashable whatever its containers are."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Frozen":
+        leaves, treedef = jtu.tree_flatten(tree)
+        return cls(treedef, tuple(leaves))
+
+    def thaw(self) -> PyTree:
+        return jtu.tree_unflatten(self.treedef, self.leaves)
+
+
+def _batch_size(state: PyTree, x: PyTree) -> int:
+    named = named_leaves("state", state) + named_leaves("x", x)
+    sizes = {}
+    for path, leaf in named:
+        if not is_array_like(leaf) or jnp.ndim(leaf) == 0:
+            expected = "a leading batch axis"
+            remedy = "With batched=True every leaf of state and x carries the batch."
+            raise CompileError(sentence(path, describe(leaf), expected, remedy))
+        sizes.setdefault(jnp.shape(leaf)[0], path)
+    if len(sizes) != 1:
+        got = ", ".join(f"{size} in {path}" for size, path in sizes.items())
+        remedy = "Give every leaf of state and x the same leading axis."
+        where = "batched=True" if sizes else "state and x"
+        raise CompileError(sentence(where, got or "no leaf", "one size", remedy))
+    return next(iter(sizes))
+
+
+def _check_trainable(params: PyTree) -> None:
+    for path, leaf in named_leaves("", params):
+        if not eqx.is_inexact_array(leaf):
+            remedy = "Let `trainable` select floating-point arrays only."
+            expected = "a floating-point array"
+            raise CompileError(sentence(path, describe(leaf), expected, remedy))
+
+
+def _check_new_state(old: Leaves, new: PyTree) -> None:
+    remedy = (
+        "The step must return (out, state) with the state as it came in; pass `call=` "
+        "for a model with another convention, and cast where the dtype grows."
+    )
+    try:
+        old.flatten(new, None, remedy)
+    except ValueError as error:
+        raise CompileError(f"The step returned another state. {error}") from None
+
+
+def _spec(leaf: Any) -> Any:
+    if not is_array_like(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf))
+
+
+def default_call(model: Any, x: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    return model(x, state)
+
+
+def stage(
+    model: Any,
+    state: PyTree,
+    x: PyTree,
+    *,
+    call: Callable | None,
+    trainable: Any,
+    batched: bool,
+) -> Staged:
+    """Trace one step of `model` and read the tables of all its leaves."""
+    params, rest = eqx.partition(model, trainable)
+    _check_trainable(params)
+    fixed, static = eqx.partition(rest, eqx.is_array)
+    batch = _batch_size(state, x) if batched else None
+    tables = {
+        "params": leaf_table("", params),
+        "fixed": leaf_table("", fixed),
+        "state": leaf_table("state", state, drop_batch=batched),
+        "x": leaf_table("x", x, drop_batch=batched),
+    }
+    returned = []
+
+    def flat(*groups: list[Any]) -> list[Any]:
+        trees = [
+            jtu.tree_unflatten(table.treedef, leaves)
+            for table, leaves in zip(tables.values(), groups, strict=True)
+        ]
+        whole = eqx.combine(trees[0], trees[1], static)
+        result = (call or default_call)(whole, trees[3], trees[2])
+        if not isinstance(result, tuple) or len(result) != 2:
+            got = f"an object of type `{type(result).__name__}`"
+            remedy = "Pass `call=lambda model, x, state: ...` to adapt the model."
+            expected = "a tuple (out, state)"
+            raise CompileError(sentence("the step's result", got, expected, remedy))
+        out, new_state = result
+        returned.append(jtu.tree_map(_spec, (out, new_state)))
+        return jtu.tree_leaves(new_state) + jtu.tree_leaves(out)
+
+    specs = [list(table.specs) for table in tables.values()]
+    closed = jax.make_jaxpr(flat)(*specs)
+    out, new_state = returned[-1]
+    _check_new_state(tables["state"], new_state)
+    return Staged(
+        closed=closed,
+        params=tables["params"],
+        state=tables["state"],
+        x=tables["x"],
+        out=leaf_table("out", out),
+        fixed=fixed,
+        static=Frozen.of(static),
+        trainable=Frozen.of(jtu.tree_map(lambda _, p: p is not None, model, params)),
+        batch=batch,
+    )
