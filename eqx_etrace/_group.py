@@ -132,9 +132,8 @@ def local_equations(
             continue
         through = {
             ref
-            for k, ref in enumerate(equation.inputs)
-            if isinstance(ref, int) and ref in local
-            and not _whole(cuts.get((equation.index, k)))
+            for k, ref in equation.operands
+            if ref in local and not _whole(cuts.get((equation.index, k)))
         }
         if through and equation.differentiable:
             kept.append(equation)

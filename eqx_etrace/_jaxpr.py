@@ -114,9 +114,14 @@ class Equation:
     effectful: bool = False
 
     @property
+    def operands(self) -> tuple[tuple[int, int], ...]:
+        """Position and number of the inputs that are values, without the literals."""
+        return tuple((k, r) for k, r in enumerate(self.inputs) if isinstance(r, int))
+
+    @property
     def values(self) -> tuple[int, ...]:
-        """The inputs that are values, without the literals."""
-        return tuple(ref for ref in self.inputs if isinstance(ref, int))
+        """The numbers of the inputs that are values."""
+        return tuple(ref for _, ref in self.operands)
 
     @property
     def differentiable(self) -> bool:

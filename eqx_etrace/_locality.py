@@ -85,8 +85,8 @@ class _Backward:
     def through(self, equation: Equation, outputs: list) -> None:
         mixing = self.reads.kind(equation) is Mixing.MIXING
         product = mixing and weighted(self.program, equation)
-        for k, ref in enumerate(equation.inputs):
-            if not isinstance(ref, int) or not self.program.avals[ref].inexact:
+        for k, ref in equation.operands:
+            if not self.program.avals[ref].inexact:
                 continue
             size = self.program.avals[ref].size
             target: Labels | None = None
@@ -156,8 +156,8 @@ def flow(
         if not equation.differentiable:
             continue
         arrives = False
-        for k, ref in enumerate(equation.inputs):
-            if not isinstance(ref, int) or ref not in reached or ref in blocked:
+        for k, ref in equation.operands:
+            if ref not in reached or ref in blocked:
                 continue
             cut = cuts.get((equation.index, k)) if cuts is not None else None
             if cut is not None:

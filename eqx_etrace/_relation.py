@@ -127,10 +127,9 @@ def find_uses(program: Program) -> list[Use]:
             for o, ref in enumerate(equation.outputs)
             if program.origins[ref] is Origin.DATA and program.avals[ref].inexact
         ]
-        for k, ref in enumerate(equation.inputs):
-            if not isinstance(ref, int) or program.origins[ref] is not Origin.WEIGHT:
-                continue
-            if program.avals[ref].inexact and equation.differentiable:
+        for k, ref in equation.operands:
+            weight = program.origins[ref] is Origin.WEIGHT
+            if weight and program.avals[ref].inexact and equation.differentiable:
                 uses.extend(Use(equation, k, output) for output in data)
     return uses
 

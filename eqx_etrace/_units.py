@@ -111,7 +111,7 @@ def _propagate(
     """Send labels forward; `combine` makes one label of all that an element reads."""
     labels = dict(seeds)
     for equation in program.equations:
-        labelled = [k for k, ref in enumerate(equation.inputs) if ref in labels]
+        labelled = [k for k, ref in equation.operands if ref in labels]
         mixing = reads.kind(equation) is Mixing.MIXING if labelled else False
         if not labelled or not equation.differentiable:
             continue
