@@ -14,8 +14,6 @@ does not concern the traces and may be anything.
 from collections.abc import Iterable
 from typing import Any
 
-import jax.tree_util as jtu
-
 from ._errors import CompileError
 from ._jaxpr import (
     CONTROL_FLOW,
@@ -38,11 +36,7 @@ def _expand(equation: Equation) -> Any | None:
 def canonicalise(staged: Staged) -> tuple[Program, list[Any]]:
     """The flat program of a staged step, and the values of its constants."""
     return flatten(
-        staged.closed,
-        _expand,
-        params=staged.params.count,
-        fixed=jtu.tree_leaves(staged.fixed),
-        states=staged.state.count,
+        staged.closed, _expand, params=staged.params.count, states=staged.state.count
     )
 
 

@@ -18,7 +18,7 @@ for all that read it later (a perturbation is an addition there).
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,24 +233,20 @@ def flatten(
     expand: Callable[[Equation], Any | None],
     *,
     params: int,
-    fixed: Sequence[Any],
     states: int,
 ) -> tuple[Program, list[Any]]:
     """Flatten a closed jaxpr of one step; returns it and its constants' values.
 
-    The first `params` inputs are the parameters, the next are constants with the values
-    `fixed`; the first `states` outputs are the new state. Each output is data written
-    by an equation, and each new state leaf has a value of its own, so that perturbing
-    one of them has one meaning. `expand` gives the body of an equation that is to be
-    spliced in, or None. Equations that depend on nothing are evaluated here.
+    The first `params` inputs are the parameters, the first `states` outputs the new
+    state. Each output is data written by an equation, and each new state leaf has a
+    value of its own, so that perturbing one of them has one meaning. `expand` gives
+    the body of an equation that is to be spliced in, or None. Equations that depend on
+    nothing are evaluated here.
     """
     builder = _Builder(expand)
     inner, _ = open_jaxpr(closed)
-    all_inputs = tuple(builder.new(var.aval) for var in inner.invars)
-    builder.constants.extend(all_inputs[params : params + len(fixed)])
-    builder.constant_values.extend(fixed)
-    inputs = all_inputs[:params] + all_inputs[params + len(fixed) :]
-    results = builder.splice(closed, all_inputs)
+    inputs = tuple(builder.new(var.aval) for var in inner.invars)
+    results = builder.splice(closed, inputs)
     origin = dict.fromkeys(inputs[:params], Origin.WEIGHT)
     origin.update(dict.fromkeys(inputs[params:], Origin.DATA))
     origin.update(dict.fromkeys(builder.constants, Origin.CONSTANT))

@@ -43,26 +43,31 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _weights(graph: "ETraceGraph") -> list[str]:
-    rows = []
-    batch = graph.batch or 1
-    for path, spec in zip(
-        graph.param_leaves.paths, graph.param_leaves.specs, strict=True
-    ):
-        shape = _shape(spec.shape)
-        for relation in graph.relations:
-            if path in relation.weight:
-                leaves = graph.groups[relation.group].leaves
-                slots = ", ".join(leaves[slot] for slot in relation.slots)
-                bytes_ = size(batch * relation.trace_bytes())
-                row = (path, shape, relation.op.name, str(relation.group), bytes_)
-                rows.append((*row, f"trace on {slots}"))
-        for kind in (Kind.CURRENT_STEP, Kind.UNUSED):
-            for decision in graph.decisions:
-                if decision.kind is kind and path in decision.weight:
-                    text = f"{decision.kind.value}: {decision.reason}"
-                    rows.append((path, shape, "none", "-", "0 B", text))
     header = ("weight", "shape", "op rule", "group", "trace", "credit")
-    return _table(header, dict.fromkeys(rows))
+    rows = []
+    leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
+    for path, spec in leaves:
+        rows += [(path, _shape(spec.shape), *row) for row in _credits(graph, path)]
+    return _table(header, rows)
+
+
+def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
+    """The rows of one weight: its uses with a trace, then those without."""
+    bytes_: dict[tuple[str, str, str], int] = {}
+    for relation in graph.relations:
+        if path in relation.weight:
+            leaves = graph.groups[relation.group].leaves
+            slots = ", ".join(leaves[slot] for slot in relation.slots)
+            key = (relation.op.name, str(relation.group), f"trace on {slots}")
+            count = (graph.batch or 1) * relation.trace_bytes()
+            bytes_[key] = bytes_.get(key, 0) + count
+    rows = [(op, group, size(n), text) for (op, group, text), n in bytes_.items()]
+    for decision in graph.decisions:
+        kinds = (Kind.CURRENT_STEP, Kind.UNUSED)
+        if decision.kind in kinds and path in decision.weight:
+            text = f"{decision.kind.value}: {decision.reason}"
+            rows.append(("none", "-", "0 B", text))
+    return list(dict.fromkeys(rows))
 
 
 def _groups(graph: "ETraceGraph") -> list[str]:

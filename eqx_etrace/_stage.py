@@ -2,8 +2,7 @@
 
 The step is traced once, on the shapes of one sample, as a flat function
 
-    (params leaves, fixed array leaves, state leaves, x leaves)
-        -> (new state leaves, output leaves)
+    (params leaves, state leaves, x leaves) -> (new state leaves, output leaves)
 
 and every leaf keeps the key path that the user knows it by. What is wrong with the
 arguments of `compile` is said here, before or right after the user's step is traced.
@@ -17,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from ._errors import CompileError, describe, dtype_of, is_array_like, sentence
@@ -88,7 +88,7 @@ def leaf_table(name: str, tree: PyTree, drop_batch: bool = False) -> Leaves:
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """What tracing the step gives: the jaxpr, the tables, and the fixed leaves."""
+    """What tracing the step gives: the jaxpr, the tables, and the rest of the model."""
 
     closed: Any
     params: Leaves
@@ -156,6 +156,10 @@ def _check_new_state(old: Leaves, new: PyTree) -> None:
         raise CompileError(f"The step returned another state. {error}") from None
 
 
+def _is_array(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
+
+
 def _spec(leaf: Any) -> Any:
     if not is_array_like(leaf):
         return leaf
@@ -178,11 +182,10 @@ def stage(
     """Trace one step of `model` and read the tables of all its leaves."""
     params, rest = eqx.partition(model, trainable)
     _check_trainable(params)
-    fixed, static = eqx.partition(rest, eqx.is_array)
+    fixed, static = eqx.partition(rest, _is_array)
     batch = _batch_size(state, x) if batched else None
     tables = {
         "params": leaf_table("", params),
-        "fixed": leaf_table("", fixed),
         "state": leaf_table("state", state, drop_batch=batched),
         "x": leaf_table("x", x, drop_batch=batched),
     }
@@ -193,8 +196,8 @@ def stage(
             jtu.tree_unflatten(table.treedef, leaves)
             for table, leaves in zip(tables.values(), groups, strict=True)
         ]
-        whole = eqx.combine(trees[0], trees[1], static)
-        result = (call or default_call)(whole, trees[3], trees[2])
+        whole = eqx.combine(trees[0], rest)
+        result = (call or default_call)(whole, trees[2], trees[1])
         if not isinstance(result, tuple) or len(result) != 2:
             got = f"an object of type `{type(result).__name__}`"
             remedy = "Pass `call=lambda model, x, state: ...` to adapt the model."

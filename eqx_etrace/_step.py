@@ -27,6 +27,7 @@ from ._jacobian import (
     run,
     shared_env,
 )
+from ._stage import Frozen
 
 
 def init_trace(graph: ETraceGraph) -> PyTree:
@@ -94,7 +95,7 @@ def step(
     weights, prepared = prepare(graph, param_leaves)
     arrays, static = eqx.partition(graph, eqx.is_array)
     out, new_state, new_trace = _core(
-        _Static(static), arrays, weights, tuple(prepared), state_leaves, trace, x_leaves
+        Frozen.of(static), arrays, weights, tuple(prepared), state_leaves, trace, x_leaves
     )
     return (
         jtu.tree_unflatten(graph.out_leaves.treedef, out),
@@ -135,20 +136,8 @@ def _check_trace(graph: ETraceGraph, trace: PyTree) -> None:
                 raise ValueError(sentence(where, got, wanted, remedy))
 
 
-class _Static:
-    """The static half of a graph, hashable: what `jax.custom_vjp` must not see."""
-
-    def __init__(self, graph: PyTree):
-        self.leaves, self.treedef = jtu.tree_flatten(graph)
-
-    def __hash__(self) -> int:
-        return hash(self.treedef)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.treedef == other.treedef
-
-    def merge(self, arrays: PyTree) -> ETraceGraph:
-        return eqx.combine(arrays, jtu.tree_unflatten(self.treedef, self.leaves))
+def _merge(static: Frozen, arrays: PyTree) -> ETraceGraph:
+    return eqx.combine(arrays, static.thaw())
 
 
 def _per_sample(graph: ETraceGraph, fun: Any, axes: tuple[int | None, ...]) -> Any:
@@ -250,7 +239,7 @@ def _inexact(leaves: Any) -> tuple[list[Any], list[Any]]:
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    static: _Static,
+    static: Frozen,
     arrays: Any,
     weights: Any,
     prepared: Any,
@@ -258,7 +247,7 @@ def _core(
     trace: Any,
     x: Any,
 ) -> tuple[Any, Any, Any]:
-    graph = static.merge(arrays)
+    graph = _merge(static, arrays)
     new_state, out, saved = _forward(graph, weights, prepared, state, x)
     new_trace, _ = _advance(
         graph, weights, prepared, state, trace, saved, within=False
@@ -267,7 +256,7 @@ def _core(
 
 
 def _core_fwd(
-    static: _Static,
+    static: Frozen,
     arrays: Any,
     weights: Any,
     prepared: Any,
@@ -275,7 +264,7 @@ def _core_fwd(
     trace: Any,
     x: Any,
 ) -> tuple[Any, Any]:
-    graph = static.merge(arrays)
+    graph = _merge(static, arrays)
     single = graph.vjp == "single-step"
     hidden = [state[i] for i in graph.hidden.leaves]
     related = {relation.edge for relation in graph.relations}
@@ -308,9 +297,9 @@ def _core_fwd(
     return (out, new_state, new_trace), (arrays, pull, kept, x)
 
 
-def _core_bwd(static: _Static, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, pull, (trace, found), x = residuals
-    graph = static.merge(arrays)
+    graph = _merge(static, arrays)
     of_out, of_state, _ = cotangents
     given = [
         cotangent

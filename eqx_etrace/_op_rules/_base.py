@@ -10,30 +10,32 @@ are enough for every learning rule:
 - `contract(vectors, traces)`: the sum over slots, y and batch of v . trace.
 """
 
-from abc import abstractmethod
+import abc
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
-class OpRule(eqx.Module):
-    """The layout of the trace of one use; hashable, no arrays inside."""
+@dataclasses.dataclass(frozen=True)
+class OpRule(abc.ABC):
+    """The layout of the trace of one use; static and hashable, no arrays inside."""
 
-    trace_shape: eqx.AbstractVar[tuple[int, ...]]
-    weight_shape: eqx.AbstractVar[tuple[int, ...]]
-    summed: eqx.AbstractVar[tuple[int, ...]]
+    trace_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    summed: tuple[int, ...]
     """The trace axes that are no axes of the weight."""
-    name: eqx.AbstractClassVar[str]
 
-    @abstractmethod
+    name: ClassVar[str]
+
+    @abc.abstractmethod
     def expand(self, v: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """A vector of y's shape, with the axes that broadcast against the trace."""
 
-    @abstractmethod
+    @abc.abstractmethod
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
@@ -49,11 +51,23 @@ class OpRule(eqx.Module):
         Traces with one more axis in front carry a batch, and so do the vectors: the
         sum then runs over the batch as well.
         """
-        batched = traces[0].ndim > len(self.trace_shape)
-        expand = jax.vmap(self.expand) if batched else self.expand
-        axes = tuple(axis + batched for axis in self.summed) + (0,) * batched
-        total = sum(
-            jnp.sum(expand(v) * trace, axis=axes)
-            for v, trace in zip(vectors, traces, strict=True)
-        )
-        return jnp.reshape(total, self.weight_shape)
+        dtype = _sum_dtype(traces[0].dtype)
+        if traces[0].ndim == len(self.trace_shape):
+            return self._sum(vectors, traces, dtype)
+
+        def add(total: Any, sample: Any) -> tuple[Any, None]:
+            return total + self._sum(*sample, dtype), None
+
+        zero = jnp.zeros(self.weight_shape, dtype)
+        return jax.lax.scan(add, zero, (tuple(vectors), tuple(traces)))[0]
+
+    def _sum(self, vectors: Sequence[Any], traces: Sequence[Any], dtype: Any) -> Any:
+        total = jnp.zeros((), dtype)
+        for v, trace in zip(vectors, traces, strict=True):
+            total = total + self.expand(v.astype(dtype)) * trace.astype(dtype)
+        return jnp.sum(total, axis=self.summed).reshape(self.weight_shape)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """Sums of 16-bit floats run in float32, as in XLA's own reductions."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

@@ -4,6 +4,7 @@ It defines what every closed form must equal. Its trace has an entry for every p
 element of y and an element of the weight, which the report shows as its cost.
 """
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -14,12 +15,10 @@ from .._jaxpr import Equation, Program, bind
 from ._base import OpRule
 
 
+@dataclasses.dataclass(frozen=True)
 class ByAD(OpRule):
     """Trace axes: the axes of y, then the axes of the weight."""
 
-    trace_shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    summed: tuple[int, ...]
     equation: Equation
     operand: int
     output: int

@@ -1,5 +1,6 @@
 """`dot_general` with a weight on either side, any dimension numbers, batch dims too."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from .._jaxpr import DOT_GENERAL, Equation, Program
 from ._base import OpRule
 
 
+@dataclasses.dataclass(frozen=True)
 class Dense(OpRule):
     """Trace axes: the free axes of x, then the axes of the weight as it is stored.
 
@@ -17,9 +19,6 @@ class Dense(OpRule):
     of the weight (f) and of x (g): the influence is a product of two vectors.
     """
 
-    trace_shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    summed: tuple[int, ...]
     y_axes: tuple[int, ...]
     """Per axis of y, its axis in the trace."""
     x_axes: tuple[int, ...]

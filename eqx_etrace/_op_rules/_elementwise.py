@@ -1,5 +1,6 @@
 """Any elementwise equation with a weight among its operands, broadcasting included."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -10,15 +11,13 @@ from .._jaxpr import CUSTOM, Equation, Program, bind, is_elementwise
 from ._base import OpRule
 
 
+@dataclasses.dataclass(frozen=True)
 class Elementwise(OpRule):
     """Trace axes: the axes of y, one entry per element of y.
 
     dy_i/dw_i is one reverse pass with ones, the weight broadcast to the shape of y.
     """
 
-    trace_shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    summed: tuple[int, ...]
     equation: Equation
     operand: int
     output: int
