@@ -1,6 +1,6 @@
 """`HiddenGroup`: units with the same slots, and their own part of the local program."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -26,7 +26,12 @@ class HiddenGroup(eqx.Module):
     - `slots`: S.
     - `leaves`: per slot, the key path of its state leaf.
     - `transition_matrix`: S x S booleans; entry [s'][s] says whether the old slot s of
-      a unit can influence its new slot s' (the structure of D).
+      a unit acts on its new slot s' directly (the structure of D).
+    - `within_matrix`: S x S booleans; entry [s'][s] says whether the *new* slot s acts
+      on the new slot s' in the same step (the structure of L).
+    - `order`: the slots in an order in which L is strictly triangular.
+    - `silent`: per slot, whether nothing but its own unit's new state reads it, so
+      that its learning signal is zero unless the loss reads the state itself.
     """
 
     units: int = eqx.field(static=True)
@@ -34,7 +39,8 @@ class HiddenGroup(eqx.Module):
     leaves: tuple[str, ...] = eqx.field(static=True)
     transition_matrix: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
     within_matrix: tuple[tuple[bool, ...], ...] = eqx.field(static=True)
-    """The structure of M - I: which new slots feed which within the step."""
+    order: tuple[int, ...] = eqx.field(static=True)
+    silent: tuple[bool, ...] = eqx.field(static=True)
     slot_leaf: tuple[int, ...] = eqx.field(static=True)
     """Per slot, the position of its leaf among the hidden leaves."""
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
@@ -50,6 +56,8 @@ class HiddenGroup(eqx.Module):
     equations: tuple[Equation, ...] = eqx.field(static=True)
     context: tuple[int, ...] = eqx.field(static=True)
     """The values that the local program reads and does not compute."""
+    at_doors: tuple[tuple[Edge, int], ...] = eqx.field(static=True)
+    """The edges that read a door, and which of `doors` it is."""
     cut: tuple[Edge, ...] = eqx.field(static=True)
     masked: tuple[Edge, ...] = eqx.field(static=True)
     masks: tuple[Bool[Array, "..."], ...]
@@ -89,26 +97,38 @@ class HiddenGroup(eqx.Module):
     ) -> list[Any]:
         """The own leaves' new state in the local program.
 
-        `at_use` and `at_door` are added to the values of the uses and to the new state
-        (an empty `at_door` adds nothing); `env` holds weights, constants and the context.
+        `at_use` is added to the values of the uses. What reads the new state of the
+        own leaves within the step reads it plus `at_door`, and through that alone:
+        the derivatives are the direct ones. `env` holds weights, constants, context.
         """
-        changes = dict(zip(self.uses, at_use, strict=True))
-        for ref, change in zip(self.doors, at_door, strict=False):
-            changes[ref] = changes[ref] + change if ref in changes else change
-
-        def add(change: Any):
-            return lambda value: value + change
-
-        tap = {ref: add(change) for ref, change in changes.items()}
-        edge = dict.fromkeys(self.cut, jax.lax.stop_gradient)
-        for key, mask in zip(self.masked, self.masks, strict=True):
-            edge[key] = _masked_stop(mask)
+        tap = {
+            ref: _add(change) for ref, change in zip(self.uses, at_use, strict=True)
+        }
         start = dict(env) | dict(zip(self.old, old, strict=True))
         for ref in self.context:
             if ref in tap:
                 start[ref] = tap[ref](start[ref])
+        edge = dict.fromkeys(self.cut, jax.lax.stop_gradient)
+        for key, mask in zip(self.masked, self.masks, strict=True):
+            edge[key] = _masked_stop(mask)
+        for key, door in self.at_doors:
+            edge[key] = _read_door(at_door[door], edge.get(key))
         env = evaluate(self.equations, start, edge=edge, tap=tap)
         return [env[ref] for ref in self.doors]
+
+
+def _add(change: Any) -> Callable[[Any], Any]:
+    return lambda value: value + change
+
+
+def _read_door(
+    change: Any, then: Callable[[Any], Any] | None
+) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        value = jax.lax.stop_gradient(value) + change
+        return value if then is None else then(value)
+
+    return read
 
 
 def _masked_stop(mask: Any):
@@ -180,6 +200,8 @@ def make_group(
         for k in range(len(equation.inputs))
         if (cut := locality.cuts.get(edge := (equation.index, k))) is not None
     ]
+    slot_door = [hidden.doors[leaf] for leaf in leaf_of]
+    written = {r: e.index for e in program.equations for r in e.outputs}
     partial = [(edge, cut) for edge, cut in edges if not _whole(cut)]
     return HiddenGroup(
         units=table.shape[0],
@@ -187,6 +209,8 @@ def make_group(
         leaves=tuple(paths[hidden.leaves[leaf]] for leaf in leaf_of),
         transition_matrix=slot_matrix(matrices["old"], table.shape[1]),
         within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
+        order=tuple(sorted(range(len(leaf_of)), key=lambda s: written[slot_door[s]])),
+        silent=tuple(_is_silent(program, locality, ref, doors) for ref in slot_door),
         slot_leaf=tuple(int(leaf) for leaf in leaf_of),
         shapes=tuple(hidden.shapes[leaf] for leaf in leaf_of),
         dtypes=tuple(program.avals[hidden.doors[leaf]].dtype for leaf in leaf_of),
@@ -197,10 +221,25 @@ def make_group(
         uses=tuple(uses),
         equations=equations,
         context=tuple(sorted(read - made - set(old))),
+        at_doors=tuple(
+            ((equation.index, k), doors.index(ref))
+            for equation in equations
+            for k, ref in equation.operands
+            if ref in doors
+        ),
         cut=tuple(edge for edge, cut in edges if _whole(cut)),
         masked=tuple(edge for edge, _ in partial),
         masks=tuple(_mask(program, edge, cut) for edge, cut in partial),
     )
+
+
+def _is_silent(
+    program: Program, locality: Locality, door: int, doors: Sequence[int]
+) -> bool:
+    others = frozenset(doors) - {door}
+    reached, met = flow(program, [door], blocked=others, cuts=dict(locality.cuts))
+    seen = [ref for ref in program.outputs if ref in reached - others]
+    return seen == [door] and not met
 
 
 def _mask(program: Program, edge: Edge, cut: Any) -> Any:

@@ -1,15 +1,22 @@
-"""The derivatives of one step: the step itself, and D, df and M of its local program.
+"""The derivatives of one step: the step itself, and D, L and df of its local program.
 
 All functions here work on one sample; batched callers map them with `jax.vmap`.
 
 For every hidden group and slot s', one reverse pass through the group's local program,
 seeded with ones on slot s' of all units, gives at once
 
-    D[s'][s] = dh'_{s'}/dh_s       (units)
-    df[s']   = dh'_{s'}/dy         (the shape of y, for every relation)
-    M[s'][s] = dh'_{s'}/d(new h_s) (units; the identity but for same-step paths)
+    D[s'][s] = dh'_{s'}/dh_s    (units)          by the old state
+    L[s'][s] = dh'_{s'}/dh'_s   (units)          by the other new slots of the step
+    df[s']   = dh'_{s'}/dy      (the shape of y) for every relation
 
-because in the local program no value feeds more than one unit.
+because in the local program no value feeds more than one unit. They are direct
+derivatives. In an order in which L is strictly triangular the trace follows slot by slot,
+
+    e'_{s'} = sum_s D[s'][s] e_s + sum_s L[s'][s] e'_s + df[s'] dy/dw
+
+and the learning signal l, the derivative of the loss that does not count these same-step
+paths twice, follows from the total derivative T of the full step by one product:
+dh'/d(delta h') = (1 - L)^-1 = M and T = M^T l, so that l = T - L^T T.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +39,12 @@ Entries = tuple[tuple[Shaped[Array, " units"] | None, ...], ...]
 
 
 class GroupJacobian(eqx.Module):
-    """D, M and df of one hidden group; None where structurally zero.
+    """D, L and df of one hidden group; None where structurally zero.
 
     **Attributes:**
 
     - `transition`: D, S x S vectors over units.
-    - `within`: M - I, S x S vectors over units.
+    - `within`: L, S x S vectors over units.
     - `direct`: per use of the group, per slot, an array of the shape of y.
     """
 
@@ -100,32 +107,29 @@ def group_jacobian(
     group: HiddenGroup,
     env: Mapping[int, Any],
     state: Sequence[Any],
-    *,
-    within: bool,
 ) -> GroupJacobian:
-    """D, df and (with `within`) M of one group, by one reverse pass per slot."""
+    """D, L and df of one group, by one reverse pass per slot."""
     avals = graph.program.avals
     old = [state[graph.hidden.leaves[leaf]] for leaf in group.own]
-    at_use = [jnp.zeros(avals[ref].shape, avals[ref].dtype) for ref in group.uses]
-    within = within and any(any(row) for row in group.within_matrix)
-    doors = group.doors if within else ()
-    at_door = [jnp.zeros(avals[ref].shape, avals[ref].dtype) for ref in doors]
+    at_use, at_door = (
+        [jnp.zeros(avals[ref].shape, avals[ref].dtype) for ref in refs]
+        for refs in (group.uses, group.doors)
+    )
 
     def local(old: list[Any], at_use: list[Any], at_door: list[Any]) -> list[Any]:
         return group.local_step(env, old, at_use, at_door)
 
     _, pull = jax.vjp(local, old, at_use, at_door)
-    transition, inside, direct = [], [], []
+    transition, within, direct = [], [], []
     for slot in range(group.slots):
         of_old, of_use, of_door = pull(group.seed(slot))
         row = group.read(dict(zip(group.own, of_old, strict=True)))
         transition.append(_keep(row, group.transition_matrix[slot]))
-        if within:
-            row = group.read(dict(zip(group.own, of_door, strict=True)))
-            inside.append(_keep(row, group.within_matrix[slot]))
+        row = group.read(dict(zip(group.own, of_door, strict=True)))
+        within.append(_keep(row, group.within_matrix[slot]))
         direct.append(of_use)
-    per_use = zip(*direct, strict=True)
-    return GroupJacobian(tuple(transition), tuple(inside), tuple(per_use))
+    per_use = tuple(zip(*direct, strict=True))
+    return GroupJacobian(tuple(transition), tuple(within), per_use)
 
 
 def _keep(row: Sequence[Any], structure: Sequence[bool]) -> tuple[Any, ...]:
@@ -139,14 +143,11 @@ def jacobians(
     shared: Mapping[int, Any],
     state: Sequence[Any],
     saved: Sequence[Any],
-    *,
-    within: bool,
 ) -> tuple[GroupJacobian, ...]:
     """The Jacobians of all groups, at the values that `run` saved."""
     env = dict(shared) | dict(zip(graph.saved, saved, strict=True))
     return tuple(
-        group_jacobian(graph, group, env, state, within=within)
-        for group in graph.groups
+        group_jacobian(graph, group, env, state) for group in graph.groups
     )
 
 
@@ -163,7 +164,7 @@ def relation_jacobian(
     kept = tuple(
         array if slot in relation.reached else None for slot, array in enumerate(direct)
     )
-    return RelationJacobian(jacobian.transition, kept, operands)
+    return RelationJacobian(jacobian.transition, jacobian.within, kept, operands)
 
 
 def _value(env: Mapping[int, Any], ref: Ref) -> Any:
@@ -173,25 +174,17 @@ def _value(env: Mapping[int, Any], ref: Ref) -> Any:
 def partial_signal(
     group: HiddenGroup, total: Sequence[Any], within: Entries
 ) -> list[Any]:
-    """The learning signal l = M^-T T of one group from the total derivative T.
+    """The learning signal l = T - L^T T of one group from the total derivative T.
 
-    T counts a path from one slot of a unit to another within the step, and the trace
-    holds that path too. M - I is nilpotent, so S - 1 substitution sweeps solve for l.
+    T counts the paths from one new slot of a unit to another within the step, and the
+    trace holds these paths too: as a factor of the trace, T would count them twice.
     """
-    signal = list(total)
-    if not within:
-        return signal
-    for _ in range(group.slots - 1):
-        signal = [
-            total[s]
-            - sum(
-                (
-                    (within[t][s] * signal[t]).astype(total[s].dtype)
-                    for t in range(group.slots)
-                    if within[t][s] is not None
-                ),
-                jnp.zeros_like(total[s]),
-            )
-            for s in range(group.slots)
-        ]
+    signal = []
+    for s in range(group.slots):
+        l = total[s]
+        for t in range(group.slots):
+            factor = within[t][s]
+            if factor is not None:
+                l = l - (factor * total[t]).astype(l.dtype)
+        signal.append(l)
     return signal

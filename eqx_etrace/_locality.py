@@ -38,7 +38,7 @@ class Locality:
     feeds: dict[int, Labels]
     """Per value, the unit that each element feeds locally, or NONE."""
     bits: dict[int, Labels]
-    """Per value, the slots that each element feeds, as bits."""
+    """Per value, the slots that each element feeds without passing a door, as bits."""
     cuts: dict[Edge, Labels]
     """Per edge, the elements of the operand that are cut."""
 
@@ -69,7 +69,10 @@ class _Backward:
 
     def resolve(self, ref: int) -> tuple[Labels, Labels] | None:
         """Labels and bits of a value whose readers are all known; an element that
-        feeds several units by different equations is cut at each of them."""
+        feeds several units by different equations is cut at each of them.
+
+        A door passes on its own slot only: what reads the new state is accounted for
+        by the derivatives with respect to the door itself."""
         labels = self.feeds.get(ref)
         if labels is None or not self.program.avals[ref].inexact:
             return None
@@ -80,7 +83,7 @@ class _Backward:
             labels = self.feeds[ref] = np.where(several, NONE, labels)
         bits = self.bits.setdefault(ref, np.zeros(labels.size, np.int64))
         bits[several] = 0
-        return labels, bits | self.seeds.get(ref, 0)
+        return labels, self.seeds.get(ref, bits)
 
     def through(self, equation: Equation, outputs: list) -> None:
         mixing = self.reads.kind(equation) is Mixing.MIXING

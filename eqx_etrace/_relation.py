@@ -62,7 +62,7 @@ class Relation(eqx.Module):
 
     - `weight`: the key paths of the params that the weight is computed from.
     - `group`: the number of the hidden group.
-    - `slots`: the slots of the group that keep a trace.
+    - `slots`: the slots of the group that keep a trace, in the order of the group.
     - `op`: the op rule, which knows the layout of the trace.
     - `source`: the line of code of the use.
     """
@@ -165,21 +165,26 @@ def make_relation(
     names: tuple[str, ...],
 ) -> Relation:
     """The relation of a use to group `number`."""
-    transition = group.transition_matrix
+    links = [
+        [a or b for a, b in zip(direct, within, strict=True)]
+        for direct, within in zip(
+            group.transition_matrix, group.within_matrix, strict=True
+        )
+    ]
     feeds = locality.feeds[use.y]
     mine = (feeds >= 0) & (units.group[feeds] == number)
     positions = np.where(mine, units.position[feeds], NONE)
     bits = int(np.bitwise_or.reduce(locality.bits[use.y][mine], initial=0))
-    reached = tuple(s for s in range(len(transition)) if (bits >> s) & 1)
+    reached = tuple(s for s in range(group.slots) if (bits >> s) & 1)
     kept = set(reached)
     while True:
         more = {
-            t for t, row in enumerate(transition) if any(row[s] for s in kept)
+            t for t, row in enumerate(links) if any(row[s] for s in kept)
         } | kept
         if more == kept:
             break
         kept = more
-    slots = tuple(sorted(kept))
+    slots = tuple(slot for slot in group.order if slot in kept)
     shape = program.avals[use.y].shape
     return Relation(
         weight=names,

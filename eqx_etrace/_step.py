@@ -14,10 +14,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
 from ._errors import describe, dtype_of, is_array_like, sentence
 from ._graph import ETraceGraph
+from ._group import HiddenGroup
 from ._jacobian import (
     GroupJacobian,
     jacobians,
@@ -170,14 +172,12 @@ def _advance(
     state: Any,
     trace: Any,
     saved: Any,
-    *,
-    within: bool,
 ) -> tuple[Any, tuple[GroupJacobian, ...]]:
     """The new trace, and the Jacobians it was made with."""
 
     def one(weights: Any, prepared: Any, state: Any, trace: Any, saved: Any):
         shared = shared_env(graph, weights, prepared)
-        found = jacobians(graph, shared, state, saved, within=within)
+        found = jacobians(graph, shared, state, saved)
         env = shared | dict(zip(graph.saved, saved, strict=True))
         new = tuple(
             graph.rule.update(
@@ -199,28 +199,31 @@ def _credit(
     trace: Any,
     derivatives: list[Any],
     found: tuple[GroupJacobian, ...] | None,
+    silent: tuple[tuple[bool, ...], ...],
     gradients: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     """Add to the gradients what the traces give for derivatives by the hidden leaves.
 
     With the Jacobians, the derivatives are by the new state and become the learning
-    signal; without, they are by the old state and are the signal.
+    signal; without, they are by the old state and are the signal. A silent slot has a
+    signal of zero, which costs nothing.
     """
 
     def signals(derivatives: Any, found: Any) -> Any:
         leaves = dict(enumerate(derivatives))
-        per_group = [group.read(leaves) for group in graph.groups]
-        if found is not None:
-            per_group = [
-                partial_signal(group, total, jacobian.within)
-                for group, total, jacobian in zip(
-                    graph.groups, per_group, found, strict=True
-                )
-            ]
-        return [
-            [relation.map.spread(v) for v in per_group[relation.group]]
-            for relation in graph.relations
-        ]
+        spread = []
+        per_group = []
+        for number, group in enumerate(graph.groups):
+            signal = group.read(leaves)
+            if found is not None:
+                signal = partial_signal(group, signal, found[number].within)
+            quiet = zip(signal, silent[number], strict=True)
+            per_group.append([None if none else v for v, none in quiet])
+        for relation in graph.relations:
+            signal = per_group[relation.group]
+            put = relation.map.spread
+            spread.append([None if v is None else put(v) for v in signal])
+        return spread
 
     spread = _per_sample(graph, signals, (0, 0))(derivatives, found)
     total = dict(zip(graph.weights, gradients, strict=True))
@@ -228,13 +231,6 @@ def _credit(
         gradient = graph.rule.gradient(relation, trace[number], spread[number])
         total[relation.ref] = total[relation.ref] + gradient
     return tuple(total[ref] for ref in graph.weights)
-
-
-def _inexact(leaves: Any) -> tuple[list[Any], list[Any]]:
-    split = [], []
-    for leaf in leaves:
-        split[not jnp.issubdtype(leaf.dtype, jnp.inexact)].append(leaf)
-    return split
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -249,83 +245,90 @@ def _core(
 ) -> tuple[Any, Any, Any]:
     graph = _merge(static, arrays)
     new_state, out, saved = _forward(graph, weights, prepared, state, x)
-    new_trace, _ = _advance(
-        graph, weights, prepared, state, trace, saved, within=False
-    )
+    new_trace, _ = _advance(graph, weights, prepared, state, trace, saved)
     return out, new_state, new_trace
 
 
-def _core_fwd(
-    static: Frozen,
-    arrays: Any,
-    weights: Any,
-    prepared: Any,
-    state: Any,
-    trace: Any,
-    x: Any,
-) -> tuple[Any, Any]:
+def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
+    """The step, and a function from cotangents to derivatives by weights, by x, and by
+    the hidden leaves: the new ones (single-step) or the old ones (multi-step)."""
+    perturbed = jtu.tree_map(lambda leaf: leaf.perturbed, primals[-1])
+    values = jtu.tree_map(lambda leaf: leaf.value, primals)
+    arrays, weights, prepared, state, trace, x = values
     graph = _merge(static, arrays)
     single = graph.vjp == "single-step"
     hidden = [state[i] for i in graph.hidden.leaves]
     related = {relation.edge for relation in graph.relations}
     edge = dict.fromkeys(related, jax.lax.stop_gradient) if single else None
-    x_inexact, _ = _inexact(x)
+    moving = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(x[i]))
 
-    def full(weights: Any, x_inexact: Any, at_door: Any, hidden: Any) -> Any:
-        rest = list(state)
-        for position, leaf in zip(graph.hidden.leaves, hidden, strict=True):
-            rest[position] = leaf
-        whole = _fill(x, x_inexact)
-        new_state, out, saved = _forward(
-            graph, weights, prepared, rest, whole, at_door, edge
-        )
-        inexact, _ = _inexact([*new_state, *out])
-        return inexact, (new_state, out, saved)
+    def full(weights: Any, moved: Any, leaves: Any) -> Any:
+        inputs, old = list(x), list(state)
+        for i, leaf in zip(moving, moved, strict=True):
+            inputs[i] = leaf
+        if not single:
+            for i, leaf in zip(graph.hidden.leaves, leaves, strict=True):
+                old[i] = leaf
+        at_door = leaves if single else None
+        result = _forward(graph, weights, prepared, old, inputs, at_door, edge)
+        new_state, out, _ = result
+        return [leaf for leaf in (*new_state, *out) if _inexact(leaf)], result
 
-    if single:
-        zeros = [jnp.zeros_like(leaf) for leaf in hidden]
-        fun = lambda w, x, d: full(w, x, d, hidden)  # noqa: E731 one of two
-        args = (weights, x_inexact, zeros)
-    else:
-        fun = lambda w, x, h: full(w, x, None, h)  # noqa: E731 one of two
-        args = (weights, x_inexact, hidden)
-    _, pull, (new_state, out, saved) = jax.vjp(fun, *args, has_aux=True)
-    new_trace, found = _advance(
-        graph, weights, prepared, state, trace, saved, within=single
+    leaves = [jnp.zeros_like(leaf) for leaf in hidden] if single else hidden
+    moved = [x[i] for i in moving]
+    _, pull, (new_state, out, saved) = jax.vjp(
+        full, weights, moved, leaves, has_aux=True
     )
+    new_trace, found = _advance(graph, weights, prepared, state, trace, saved)
     kept = (new_trace, found) if single else (trace, None)
-    return (out, new_state, new_trace), (arrays, pull, kept, x)
+    marks = dict.fromkeys(moving)
+    return (out, new_state, new_trace), (arrays, pull, kept, marks)
 
 
 def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    arrays, pull, (trace, found), x = residuals
+    arrays, pull, (trace, found), marks = residuals
     graph = _merge(static, arrays)
     of_out, of_state, _ = cotangents
     given = [
-        cotangent
+        _instantiate(cotangent)
         for cotangent, spec in zip(
-            [*of_state, *of_out],
-            [*graph.state_leaves.specs, *graph.out_leaves.specs],
+            (*of_state, *of_out),
+            (*graph.state_leaves.specs, *graph.out_leaves.specs),
             strict=True,
         )
-        if jnp.issubdtype(spec.dtype, jnp.inexact)
+        if _inexact(spec)
     ]
-    of_weights, of_x, derivatives = pull(given)
-    gradients = _credit(graph, trace, derivatives, found, of_weights)
-    none = [None] * len(x)
-    positions = [
-        i for i, leaf in enumerate(x) if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    for position, cotangent in zip(positions, of_x, strict=True):
-        none[position] = cotangent
-    return None, gradients, None, None, None, none
+    of_weights, of_moved, derivatives = pull(given)
+    silent = tuple(
+        _silent_slots(graph, group, of_state, single=found is not None)
+        for group in graph.groups
+    )
+    gradients = _credit(graph, trace, derivatives, found, silent, of_weights)
+    of_x: list[Any] = [None] * graph.x_leaves.count
+    for i, cotangent in zip(marks, of_moved, strict=True):
+        of_x[i] = cotangent
+    return None, gradients, None, None, None, of_x
 
 
-def _fill(x: Any, inexact: Any) -> list[Any]:
-    rest = iter(inexact)
-    return [
-        next(rest) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in x
-    ]
+def _silent_slots(
+    graph: ETraceGraph, group: HiddenGroup, of_state: Any, *, single: bool
+) -> tuple[bool, ...]:
+    """The slots that nothing but their own unit reads, the loss included."""
+    slots = []
+    for leaf, silent in zip(group.slot_leaf, group.silent, strict=True):
+        cotangent = of_state[graph.hidden.leaves[leaf]]
+        slots.append(single and silent and isinstance(cotangent, SymbolicZero))
+    return tuple(slots)
 
 
-_core.defvjp(_core_fwd, _core_bwd)
+def _inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _instantiate(cotangent: Any) -> Any:
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+_core.defvjp(_core_fwd, _core_bwd, symbolic_zeros=True)

@@ -15,7 +15,7 @@ from ._base import OpRule
 class Elementwise(OpRule):
     """Trace axes: the axes of y, one entry per element of y.
 
-    dy_i/dw_i is one reverse pass with ones, the weight broadcast to the shape of y.
+    dy_i/dw_i is one reverse pass with ones, the operands broadcast to the shape of y.
     """
 
     equation: Equation
@@ -30,13 +30,16 @@ class Elementwise(OpRule):
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
+        if self.equation.primitive not in CUSTOM:
+            # All of them: clamp and select want their scalars to go together.
+            operands = tuple(jnp.broadcast_to(a, self.trace_shape) for a in operands)
+
         def y(w: Any) -> Any:
             args = list(operands)
             args[self.operand] = w
             return bind(self.equation, args)[self.output]
 
-        w = jnp.broadcast_to(operands[self.operand], self.trace_shape)
-        value, pull = jax.vjp(y, w)
+        value, pull = jax.vjp(y, jnp.asarray(operands[self.operand]))
         return df * pull(jnp.ones_like(value))[0].astype(df.dtype)
 
 

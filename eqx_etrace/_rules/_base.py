@@ -15,15 +15,19 @@ from .._relation import Relation
 class RelationJacobian:
     """The derivatives of the local program that concern one relation, of one sample.
 
+    They are direct derivatives of the new slot s': by the old slots, by the other new
+    slots of the same step, and by y, the rest held fixed. None where structurally zero.
+
     **Attributes:**
 
-    - `transition`: D, `transition[s'][s]` a vector over units, None where it is
-      structurally zero.
-    - `direct`: df, `direct[s']` of the shape of y, None where y does not feed slot s'.
+    - `transition`: D, `transition[s'][s]` a vector over units, by the old slot s.
+    - `within`: L, `within[s'][s]` a vector over units, by the *new* slot s.
+    - `direct`: df, `direct[s']` of the shape of y.
     - `operands`: the values of the operands of the use, the weight among them.
     """
 
     transition: Sequence[Sequence[Shaped[Array, " units"] | None]]
+    within: Sequence[Sequence[Shaped[Array, " units"] | None]]
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
 
@@ -50,9 +54,10 @@ class LocalRule(eqx.Module):
         self,
         relation: Relation,
         trace: PyTree,
-        signal: Sequence[Shaped[Array, "..."]],
+        signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
         """The weight's gradient: the signal, spread over y per slot, times the trace.
 
-        A batch is a leading axis of both, and is summed.
+        A batch is a leading axis of both, and is summed. `signal[s]` is None where it is
+        known to be zero.
         """

@@ -1,7 +1,9 @@
 """D-RTRL: an exact eligibility trace per weight entry, diagonal over units."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
@@ -15,12 +17,14 @@ class DRTRL(LocalRule):
     For a weight entry $w$ that acts on unit $i$ through $y$, the trace of slot $s'$ is
 
     $$\epsilon^t_{s'} = \sum_s D^t_{s's}\,\epsilon^{t-1}_s
+      + \sum_s L^t_{s's}\,\epsilon^t_s
       + \frac{\partial h^t_{s'}}{\partial y^t}\,\frac{\partial y^t}{\partial w}$$
 
-    with $D$ the S x S Jacobian of the unit's own state variables. It is exact for every
-    path that stays within a unit: membrane, current, adaptation, gates, reset. What is
-    left out is the credit through *other* units, that is, through the recurrent
-    product; `graph.report()` lists it.
+    with $D$ the S x S Jacobian by the unit's own old state variables and $L$ that by its
+    own new ones (a membrane that reads the new current). It is exact for every path
+    that stays within a unit: membrane, current, adaptation, gates, reset. What is left
+    out is the credit through *other* units, that is, through the recurrent product;
+    `graph.report()` lists it.
 
     Memory: batch x weight entries x slots. It needs no hyper-parameter.
 
@@ -47,31 +51,42 @@ class DRTRL(LocalRule):
         jacobian: RelationJacobian,
     ) -> tuple[Shaped[Array, "..."], ...]:
         """One step of the recursion above, for one sample."""
-        new = []
-        for target, dtype in zip(relation.slots, relation.trace_dtypes, strict=True):
+        new: dict[int, Any] = {}
+        old = dict(zip(relation.slots, trace, strict=True))
+        for slot, dtype in zip(relation.slots, relation.trace_dtypes, strict=True):
             terms = []
-            direct = jacobian.direct[target]
+            direct = jacobian.direct[slot]
             if direct is not None:
-                direct = direct.astype(dtype)
+                # Where df is known to be one, XLA would simplify the influence, then
+                # compute it again inside every slot that reads this one, and copy the
+                # whole old trace to be able to.
+                direct = jax.lax.optimization_barrier(direct.astype(dtype))
                 terms.append(relation.op.influence(direct, jacobian.operands))
-            for slot, old in zip(relation.slots, trace, strict=True):
-                factor = jacobian.transition[target][slot]
-                if factor is not None:
-                    factor = relation.expand(factor.astype(dtype))
-                    terms.append(factor * old.astype(dtype))
+            for row, traces in ((jacobian.transition, old), (jacobian.within, new)):
+                for source, entries in traces.items():
+                    factor = row[slot][source]
+                    if factor is not None:
+                        factor = relation.expand(factor.astype(dtype))
+                        terms.append(factor * entries.astype(dtype))
             zero = jnp.zeros(relation.op.trace_shape, dtype)
-            new.append(sum(terms[1:], terms[0]) if terms else zero)
-        return tuple(new)
+            new[slot] = sum(terms[1:], terms[0]) if terms else zero
+        return tuple(new.values())
 
     def gradient(
         self,
         relation: Relation,
         trace: tuple[Shaped[Array, "..."], ...],
-        signal: Sequence[Shaped[Array, "..."]],
+        signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
-        """The sum over slots, units and batch of signal . trace."""
-        vectors = [
-            signal[slot].astype(dtype)
-            for slot, dtype in zip(relation.slots, relation.trace_dtypes, strict=True)
+        """The sum over slots, units and batch of signal . trace; None is zero."""
+        heard = [
+            (signal[slot].astype(dtype), entries)
+            for slot, dtype, entries in zip(
+                relation.slots, relation.trace_dtypes, trace, strict=True
+            )
+            if signal[slot] is not None
         ]
-        return relation.op.contract(vectors, trace).astype(relation.weight_dtype)
+        if not heard:
+            return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
+        vectors, traces = zip(*heard, strict=True)
+        return relation.op.contract(vectors, traces).astype(relation.weight_dtype)
