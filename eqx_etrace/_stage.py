@@ -51,11 +51,13 @@ class Leaves:
 
     def _structure_message(self, tree: PyTree, remedy: str) -> str:
         got = dict(named_leaves(self.name, tree, keep_none=True))
-        for path in self.paths:
-            if path not in got or got[path] is None:
-                found = "nothing" if path not in got else "None"
-                wanted = describe(self.specs[self.paths.index(path)])
-                return sentence(path, found, wanted, remedy)
+        for path, spec in zip(self.paths, self.specs, strict=True):
+            if got.get(path) is None:
+                below = [other for other in got if other.startswith(path)]
+                found = "None" if path in got else "nothing"
+                if below and path not in got:
+                    found = f"a pytree with the leaves {', '.join(below)}"
+                return sentence(path, found, describe(spec), remedy)
         for path, leaf in got.items():
             if path not in self.paths and leaf is not None:
                 return sentence(path, describe(leaf), "nothing there", remedy)
@@ -166,7 +168,7 @@ def _spec(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf))
 
 
-def default_call(model: Any, x: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+def default_call(model: Any, x: PyTree, state: PyTree) -> Any:
     return model(x, state)
 
 
