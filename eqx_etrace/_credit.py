@@ -175,8 +175,10 @@ def _layers(a: Analysis) -> list[Decision]:
             )
             found.append(
                 Decision(
-                    Kind.ACROSS_GROUPS, reason, weight=tuple(weights),
-                    state=group.leaves,
+                    Kind.ACROSS_GROUPS,
+                    reason,
+                    weight=tuple(weights),
+                    state=tuple(dict.fromkeys(group.leaves + other.leaves)),
                 )
             )
     return found

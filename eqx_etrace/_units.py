@@ -20,8 +20,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ._custom_types import Labels
 from ._errors import CompileError
@@ -176,6 +174,10 @@ class _Joins:
         return chosen
 
     def components(self, extra: list[Labels]) -> Labels:
+        # Here, because it takes as long to import as a third of JAX.
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
         pairs = [*self.pairs]
         if self.by_index:
             pairs = [p[:, self.index[p[0]] == self.index[p[1]]] for p in pairs]
