@@ -128,7 +128,7 @@ def test_explain():
     assert "trace on state[0]" in text and "readout" not in text
     text = str(graph.explain(state="state[1]"))
     assert "second.weight_hh" in text and "cell.bias_n" in text
-    text = str(graph.explain(weight="cell.bias", state="state[1]"))
+    text = str(graph.explain(weight="readout.bias", state="state[1]"))
     assert "nothing was decided" in text
     with pytest.raises(ValueError, match="one of the key paths cell.weight_ih"):
         graph.explain(weight="weight_hh")
