@@ -28,9 +28,9 @@ class DRTRL(LocalRule):
 
     Memory: batch x weight entries x slots. It needs no hyper-parameter.
 
-    **Source:** Wang, Dong, Jiang, Ji, Liu, Zhang, Wu, *BrainTrace*, Nature
-    Communications 2026; the diagonal approximation goes back to Mozer 1989 and to
-    Bellec et al., Nature Communications 2020 (e-prop).
+    **Source:** D-RTRL of *BrainTrace*, Nature Communications, 2026. The idea of keeping
+    a unit's own past goes back to Mozer, Complex Systems, 1989, and for spiking neurons
+    to Bellec et al., Nature Communications, 2020 (e-prop).
 
     !!! example
 
