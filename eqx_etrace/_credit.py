@@ -128,9 +128,7 @@ def _without_trace(a: Analysis) -> list[Decision]:
 
 def _not_hidden(a: Analysis) -> list[Decision]:
     reason = "no trainable weight influences it"
-    rest = (
-        path for i, path in enumerate(a.state_paths) if i not in a.hidden.leaves
-    )
+    rest = (path for i, path in enumerate(a.state_paths) if i not in a.hidden.leaves)
     return [Decision(Kind.NOT_HIDDEN, reason, state=(path,)) for path in rest]
 
 

@@ -1,12 +1,12 @@
 """`compile`: from a model to a frozen `ETraceGraph`.
 
-    stage           trace one step, keep the key paths
-    canonicalise    flatten it, splice in what only wraps
-    find_hidden     which state leaves a weight can influence
-    find_units      which hidden elements are one neuron
-    find_locality   what must be cut so that neurons stay apart, and who feeds whom
-    relations       which use of a weight feeds which units
-    find_bypasses   whether the new state is the only way out
+stage           trace one step, keep the key paths
+canonicalise    flatten it, splice in what only wraps
+find_hidden     which state leaves a weight can influence
+find_units      which hidden elements are one neuron
+find_locality   what must be cut so that neurons stay apart, and who feeds whom
+relations       which use of a weight feeds which units
+find_bypasses   whether the new state is the only way out
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ from jaxtyping import Array, PyTree, Shaped
 from ._canonicalise import canonicalise, refuse
 from ._credit import Analysis, decide, find_bypasses, unrelated_uses
 from ._decision import Decision, Kind
-from ._errors import CompileError
+from ._errors import CompileError, sentence
 from ._group import HiddenGroup, make_group
-from ._jaxpr import Equation, Origin, Program, live
+from ._jaxpr import Equation, Origin, Program, describe_equation, live
 from ._locality import Locality, find_locality
 from ._reads import Reads
 from ._relation import (
@@ -80,9 +80,9 @@ class ETraceGraph(eqx.Module):
     preparation: tuple[Equation, ...] = eqx.field(static=True)
     body: tuple[Equation, ...] = eqx.field(static=True)
     weights: tuple[int, ...] = eqx.field(static=True)
-    """The inexact values that the body reads from the preparation."""
+    """The weights that the body reads from the preparation."""
     prepared: tuple[int, ...] = eqx.field(static=True)
-    """The other values that it reads from there: masks computed from weights."""
+    """What else it reads from there: made of params, without a derivative."""
     saved: tuple[int, ...] = eqx.field(static=True)
     """The values of the body that traces and local programs read."""
 
@@ -171,17 +171,28 @@ def _nothing_hidden(staged: Staged) -> str:
 
 def _credit_equations(program: Program, hidden: Hidden) -> list[Equation]:
     """The equations of the body that a weight or the hidden state passes through."""
-    weights = {
-        ref
-        for ref, origin in enumerate(program.origins)
-        if origin is Origin.WEIGHT and program.avals[ref].inexact
-    }
+    weights = {r for r, o in enumerate(program.origins) if o is Origin.WEIGHT}
     reached = influence(program, weights | set(hidden.old))
     return [
         equation
         for equation in _body(program)
         if equation.differentiable and reached.intersection(equation.values)
     ]
+
+
+def _refuse_complex(program: Program, staged: Staged, hidden: Hidden) -> None:
+    """Derivatives by complex numbers have another meaning, not another dtype."""
+    named = dict(zip(program.inputs, staged.params.paths, strict=False))
+    paths = zip(hidden.old, hidden.leaves, strict=True)
+    named |= {ref: staged.state.paths[i] for ref, i in paths}
+    for use in find_uses(program):
+        named.setdefault(use.ref, f"a weight at {use.equation.source}")
+        named.setdefault(use.y, f"the result of {describe_equation(use.equation)}")
+    for ref, name in named.items():
+        if jnp.issubdtype(program.avals[ref].dtype, jnp.complexfloating):
+            remedy = "Keep real and imaginary parts as two real arrays."
+            got, expected = str(program.avals[ref]), "real numbers"
+            raise CompileError(sentence(name, got, expected, remedy))
 
 
 def _body(program: Program) -> tuple[Equation, ...]:
@@ -327,15 +338,14 @@ def compile(
     reads = Reads(program, dict(zip(program.constants, values, strict=True)))
     units = find_units(program, hidden, reads, max_slots)
     locality = find_locality(program, hidden, units, reads)
+    _refuse_complex(program, staged, hidden)
     sources = params_of(program, staged.params.count)
-    uses = [use for use in find_uses(program) if sources.get(use.ref)]
+    uses = find_uses(program)
     names = {
         use.ref: tuple(staged.params.paths[i] for i in sorted(sources[use.ref]))
         for use in uses
     }
-    groups, relations = _relate(
-        program, hidden, units, locality, staged, uses, names
-    )
+    groups, relations = _relate(program, hidden, units, locality, staged, uses, names)
     analysis = Analysis(
         program=program,
         hidden=hidden,
@@ -350,7 +360,14 @@ def compile(
     )
     chosen, bypasses = _decide_vjp(vjp, find_bypasses(analysis))
     return _assemble(
-        staged, program, values, hidden, groups, relations, rule, chosen,
+        staged,
+        program,
+        values,
+        hidden,
+        groups,
+        relations,
+        rule,
+        chosen,
         (*decide(analysis), *bypasses),
     )
 
@@ -368,17 +385,15 @@ def _assemble(
 ) -> ETraceGraph:
     body = _body(program)
     read = {ref for equation in body for ref in equation.values}
-    made = [ref for ref in sorted(read) if program.origins[ref] is Origin.WEIGHT]
-    preparation = tuple(
-        equation
-        for equation in live(program.equations, made)
-        if equation not in body
+    weights, prepared = (
+        tuple(ref for ref in sorted(read) if program.origins[ref] is origin)
+        for origin in (Origin.WEIGHT, Origin.PREPARED)
     )
+    rest = [equation for equation in program.equations if equation not in body]
+    preparation = tuple(live(rest, weights + prepared))
     context = {ref for group in groups for ref in group.context}
     operands = {ref for relation in relations for ref in relation.equation.values}
-    saved = {
-        ref for ref in context | operands if program.origins[ref] is Origin.DATA
-    }
+    saved = {ref for ref in context | operands if program.origins[ref] is Origin.DATA}
     return ETraceGraph(
         groups=groups,
         relations=relations,
@@ -398,7 +413,7 @@ def _assemble(
         hidden=hidden,
         preparation=preparation,
         body=body,
-        weights=tuple(ref for ref in made if program.avals[ref].inexact),
-        prepared=tuple(ref for ref in made if not program.avals[ref].inexact),
+        weights=weights,
+        prepared=prepared,
         saved=tuple(sorted(saved)),
     )

@@ -101,9 +101,7 @@ class HiddenGroup(eqx.Module):
         own leaves within the step reads it plus `at_door`, and through that alone:
         the derivatives are the direct ones. `env` holds weights, constants, context.
         """
-        tap = {
-            ref: _add(change) for ref, change in zip(self.uses, at_use, strict=True)
-        }
+        tap = {ref: _add(change) for ref, change in zip(self.uses, at_use, strict=True)}
         start = dict(env) | dict(zip(self.old, old, strict=True))
         for ref in self.context:
             if ref in tap:
@@ -121,9 +119,7 @@ def _add(change: Any) -> Callable[[Any], Any]:
     return lambda value: value + change
 
 
-def _read_door(
-    change: Any, then: Callable[[Any], Any] | None
-) -> Callable[[Any], Any]:
+def _read_door(change: Any, then: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         value = jax.lax.stop_gradient(value) + change
         return value if then is None else then(value)

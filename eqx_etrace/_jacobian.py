@@ -146,9 +146,7 @@ def jacobians(
 ) -> tuple[GroupJacobian, ...]:
     """The Jacobians of all groups, at the values that `run` saved."""
     env = dict(shared) | dict(zip(graph.saved, saved, strict=True))
-    return tuple(
-        group_jacobian(graph, group, env, state) for group in graph.groups
-    )
+    return tuple(group_jacobian(graph, group, env, state) for group in graph.groups)
 
 
 def relation_jacobian(

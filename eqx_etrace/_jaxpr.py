@@ -94,11 +94,16 @@ class Aval:
 
 
 class Origin(enum.Enum):
-    """What a value is computed from: nothing, params alone, or the step's data."""
+    """What a value is computed from.
+
+    `CONSTANT`: nothing. `WEIGHT`: params, with a derivative. `PREPARED`: params, without
+    one (masks made by comparison, `stop_gradient`). `DATA`: the step's state or input.
+    """
 
     CONSTANT = 0
-    WEIGHT = 1
-    DATA = 2
+    PREPARED = 1
+    WEIGHT = 2
+    DATA = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,7 +258,10 @@ def flatten(
     for equation in builder.equations:
         read = [origin[ref] for ref in equation.values]
         made = max(read, key=lambda o: o.value, default=Origin.CONSTANT)
-        origin.update(dict.fromkeys(equation.outputs, made))
+        for ref in equation.outputs:
+            trained = equation.differentiable and builder.avals[ref].inexact
+            lost = made is Origin.WEIGHT and not trained
+            origin[ref] = Origin.PREPARED if lost else made
     outputs: list[int] = []
     for position, ref in enumerate(results):
         data = isinstance(ref, int) and origin[ref] is Origin.DATA

@@ -207,4 +207,3 @@ def bypass_of_state(
     reached, _ = flow(program, old, blocked=own_doors)
     wanted = (set(program.outputs) | doors) - own_doors
     return next((ref for ref in program.outputs if ref in reached & wanted), None)
-

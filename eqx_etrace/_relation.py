@@ -128,21 +128,18 @@ def find_uses(program: Program) -> list[Use]:
             if program.origins[ref] is Origin.DATA and program.avals[ref].inexact
         ]
         for k, ref in equation.operands:
-            weight = program.origins[ref] is Origin.WEIGHT
-            if weight and program.avals[ref].inexact and equation.differentiable:
+            if program.origins[ref] is Origin.WEIGHT and equation.differentiable:
                 uses.extend(Use(equation, k, output) for output in data)
     return uses
 
 
 def params_of(program: Program, count: int) -> dict[int, frozenset[int]]:
-    """Per value computed from params alone, the params a derivative can reach."""
+    """Per weight, the params that a derivative of it can reach."""
     found = {ref: frozenset([i]) for i, ref in enumerate(program.inputs[:count])}
     for equation in program.equations:
-        if not equation.differentiable:
-            continue
         sources = frozenset().union(*(found.get(r, ()) for r in equation.values))
         for ref in equation.outputs:
-            if program.origins[ref] is Origin.WEIGHT and program.avals[ref].inexact:
+            if program.origins[ref] is Origin.WEIGHT:
                 found[ref] = sources
     return found
 
@@ -178,9 +175,7 @@ def make_relation(
     reached = tuple(s for s in range(group.slots) if (bits >> s) & 1)
     kept = set(reached)
     while True:
-        more = {
-            t for t, row in enumerate(links) if any(row[s] for s in kept)
-        } | kept
+        more = {t for t, row in enumerate(links) if any(row[s] for s in kept)} | kept
         if more == kept:
             break
         kept = more
@@ -201,4 +196,3 @@ def make_relation(
         weight_dtype=program.avals[use.ref].dtype,
         map=unit_map(positions, group.units, shape),
     )
-

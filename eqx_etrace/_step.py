@@ -52,8 +52,10 @@ def init_trace(graph: ETraceGraph) -> PyTree:
     """
 
     def lead(leaf: Any) -> Any:
-        return leaf if graph.batch is None else jnp.zeros(
-            (graph.batch, *leaf.shape), leaf.dtype
+        return (
+            leaf
+            if graph.batch is None
+            else jnp.zeros((graph.batch, *leaf.shape), leaf.dtype)
         )
 
     traces = tuple(graph.rule.init(relation) for relation in graph.relations)
@@ -97,7 +99,13 @@ def step(
     weights, prepared = prepare(graph, param_leaves)
     arrays, static = eqx.partition(graph, eqx.is_array)
     out, new_state, new_trace = _core(
-        Frozen.of(static), arrays, weights, tuple(prepared), state_leaves, trace, x_leaves
+        Frozen.of(static),
+        arrays,
+        weights,
+        tuple(prepared),
+        state_leaves,
+        trace,
+        x_leaves,
     )
     return (
         jtu.tree_unflatten(graph.out_leaves.treedef, out),
@@ -115,7 +123,13 @@ def _leaves(
     remedy = "Pass a state like the one the graph was compiled for, or compile again."
     s = graph.state_leaves.flatten(state, batch, remedy)
     remedy = "Pass an input like the one the graph was compiled for, or compile again."
-    return p, s, graph.x_leaves.flatten(x, batch, remedy)
+    i = graph.x_leaves.flatten(x, batch, remedy)
+    return _arrays(p), _arrays(s), _arrays(i)
+
+
+def _arrays(leaves: list[Any]) -> list[Any]:
+    """Python numbers and NumPy arrays as what JAX makes of them."""
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
 
 
 def _check_trace(graph: ETraceGraph, trace: PyTree) -> None:

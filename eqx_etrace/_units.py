@@ -67,11 +67,7 @@ def find_hidden(
     program: Program, old: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Positions of the inexact state leaves that a weight can influence, now or later."""
-    weights = {
-        ref
-        for ref, origin in enumerate(program.origins)
-        if origin is Origin.WEIGHT and program.avals[ref].inexact
-    }
+    weights = {r for r, o in enumerate(program.origins) if o is Origin.WEIGHT}
     hidden: tuple[int, ...] = ()
     while True:
         influenced = influence(program, weights | {old[i] for i in hidden})
@@ -94,10 +90,7 @@ def influence(program: Program, sources: set[int]) -> set[int]:
 
 def weighted(program: Program, equation: Equation) -> bool:
     """Whether a trainable weight is among what the equation reads."""
-    return any(
-        program.origins[ref] is Origin.WEIGHT and program.avals[ref].inexact
-        for ref in equation.values
-    )
+    return any(program.origins[ref] is Origin.WEIGHT for ref in equation.values)
 
 
 Combine = Callable[[Equation, int, Labels], Labels]
@@ -189,9 +182,7 @@ class _Joins:
         return connected_components(matrix, directed=False)[1]
 
 
-def _attempt(
-    program: Program, hidden: Hidden, reads: Reads, joins: _Joins
-) -> Labels:
+def _attempt(program: Program, hidden: Hidden, reads: Reads, joins: _Joins) -> Labels:
     """Component of each hidden element under the joins that are still allowed."""
     joins.pairs, joins.widths, joins.touched = [], {}, {}
     offsets = hidden.offsets
@@ -242,9 +233,7 @@ def _components(
             )
 
 
-def find_units(
-    program: Program, hidden: Hidden, reads: Reads, max_slots: int
-) -> Units:
+def find_units(program: Program, hidden: Hidden, reads: Reads, max_slots: int) -> Units:
     """Units, slots and groups of the hidden elements of a program."""
     component = _components(program, hidden, reads, max_slots)
     _, first, component = np.unique(component, return_index=True, return_inverse=True)

@@ -1,13 +1,14 @@
 """What the compiler finds: hidden leaves, units, groups, relations, and its errors."""
 
 import equinox as eqx
-import eqx_etrace as etrace
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqx_etrace._graph import _check_arguments
 from models import spike
+
+import eqx_etrace as etrace
+from eqx_etrace._graph import _check_arguments
 
 
 N, IN = 6, 4
@@ -411,3 +412,50 @@ def test_two_compiles_of_one_model_agree():
     first, second = (_compile(_adaptive, _TWO) for _ in range(2))
     assert str(first.report()) == str(second.report())
     assert first.decisions == second.decisions
+
+
+def test_what_is_stopped_is_no_weight():
+    """A stop_gradient on the weight itself: no trace, no cut, said in the report."""
+
+    def fun(m, x, h):
+        h = jnp.tanh(m.w @ x + jax.lax.stop_gradient(m.u) @ h)
+        return h, h
+
+    graph = _compile(fun, jnp.zeros(N))
+    assert {path for r in graph.relations for path in r.weight} == {"w"}
+    assert "no gradient at all" in str(graph.explain(weight="u"))
+
+
+@pytest.mark.parametrize("what", ["state", "weight"])
+def test_complex_numbers_are_refused(what):
+    def fun(m, x, h):
+        if what == "state":
+            h = 0.9j * h + m.w @ x
+        else:
+            h = 0.9 * h + jnp.real(jax.lax.complex(m.w, m.w) @ x)
+        return jnp.abs(h), h
+
+    dtype = jnp.complex128 if what == "state" else jnp.float64
+    with pytest.raises(etrace.CompileError, match="expected real numbers"):
+        with jax.numpy_dtype_promotion("standard"):
+            _compile(fun, jnp.zeros(N, dtype))
+
+
+def test_numbers_and_numpy_arrays_are_inputs_too():
+    def fun(m, x, h):
+        h = jnp.tanh(m.w @ x["drive"] + x["gain"] * (m.u @ h))
+        return h, h
+
+    model, h = _model(fun), np.ones(N)
+    x = {"drive": np.ones(IN), "gain": 0.5}
+    graph = etrace.compile(model, h, x)
+    params, trace = graph.params(model), etrace.init_trace(graph)
+
+    def ours(params):
+        return etrace.step(graph, params, h, trace, x)[0].sum()
+
+    def plain(params):
+        return graph.model(params)(jax.tree.map(jnp.asarray, x), h)[0].sum()
+
+    got, expected = jax.grad(ours)(params), jax.grad(plain)(params)
+    np.testing.assert_allclose(got.u, expected.u, rtol=1e-12)

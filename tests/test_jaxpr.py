@@ -5,6 +5,9 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import primitives as prims
+from models import spike
+
 from eqx_etrace._canonicalise import _expand
 from eqx_etrace._jaxpr import (
     CUSTOM,
@@ -18,8 +21,6 @@ from eqx_etrace._jaxpr import (
     is_higher_order,
     live,
 )
-from jax.extend.core import primitives as prims
-from models import spike
 
 
 def _program(fun, *args, params=0, states=0):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from eqx_etrace._canonicalise import _expand
 from eqx_etrace._jaxpr import evaluate, flatten
 from eqx_etrace._op_rules import ByAD, Dense, Elementwise, by_ad, op_rule
@@ -49,7 +50,12 @@ CASES = {
     "W on the left of a matrix": (lambda w, x: w @ x, (4, 3), (3, 2), Dense),
     "shared over time": (_product("kn,btk->btn"), (3, 4), (2, 5, 3), Dense),
     "two contracted axes": (_product("ijn,ij->n"), (2, 3, 4), (2, 3), Dense),
-    "crossed contracted axes": (_dot(((0, 2), (1, 0)), ((), ())), (2, 4, 3), (3, 2), Dense),
+    "crossed contracted axes": (
+        _dot(((0, 2), (1, 0)), ((), ())),
+        (2, 4, 3),
+        (3, 2),
+        Dense,
+    ),
     "batch dims": (_dot(((2,), (1,)), ((0,), (0,))), (2, 4, 3), (2, 3), Dense),
     "batch dims, x left": (
         _dot(((1,), (1,)), ((0,), (0,)), swap=True),
@@ -72,20 +78,22 @@ CASES = {
     "power": (lambda w, x: x**w, (3,), (3,), Elementwise),
     "divide by": (lambda w, x: x / w, (3,), (3,), Elementwise),
     "maximum": (jnp.maximum, (3,), (3,), Elementwise),
-    "selected": (
-        lambda w, x: jax.lax.select_n(x > 0.5, x, w), (3,), (3,), Elementwise
-    ),
+    "selected": (lambda w, x: jax.lax.select_n(x > 0.5, x, w), (3,), (3,), Elementwise),
     "clamped": (
-        lambda w, x: jax.lax.clamp(w, x - 1.0, jnp.ones(3)), (3,), (3,), Elementwise
+        lambda w, x: jax.lax.clamp(w, x - 1.0, jnp.ones(3)),
+        (3,),
+        (3,),
+        Elementwise,
     ),
     "custom_vjp": (_gated, (3,), (3,), Elementwise),
     "custom_jvp, scalar": (_scaled, (), (3,), ByAD),
     "convolution": (
-        lambda w, x: jax.lax.conv(x, w, (1,), "SAME"), (2, 3, 3), (1, 3, 6), ByAD
+        lambda w, x: jax.lax.conv(x, w, (1,), "SAME"),
+        (2, 3, 3),
+        (1, 3, 6),
+        ByAD,
     ),
-    "gather by data": (
-        lambda w, x: w[jnp.argsort(x)], (3, 2), (3,), ByAD
-    ),
+    "gather by data": (lambda w, x: w[jnp.argsort(x)], (3, 2), (3,), ByAD),
     "sorted together": (lambda w, x: jax.lax.sort((w, x))[0], (3,), (3,), ByAD),
 }
 
@@ -96,9 +104,7 @@ def _use(name):
     keys = jax.random.split(jax.random.key(0))
     w = 0.2 + jax.random.uniform(keys[0], w_shape)
     x = 0.2 + jax.random.uniform(keys[1], x_shape)
-    program, constants = flatten(
-        jax.make_jaxpr(fun)(w, x), _expand, params=1, states=0
-    )
+    program, constants = flatten(jax.make_jaxpr(fun)(w, x), _expand, params=1, states=0)
     env = dict(zip(program.constants, constants, strict=True))
     env.update(zip(program.inputs, (w, x), strict=True))
     env = evaluate(program.equations, env)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import spike
+
 from eqx_etrace._canonicalise import _expand
 from eqx_etrace._jaxpr import flatten
 from eqx_etrace._reads import ALL, NONE, SEVERAL, Mixing, Reads, merge, pull, push
-from models import spike
 
 
 A23, A3, A34 = (2, 3), (3,), (3, 4)
@@ -92,7 +93,9 @@ def _chain(fun, arrays):
 def _jacobian(fun, arrays, k):
     def flat(x):
         args = [*arrays[:k], x, *arrays[k + 1 :]]
-        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(fun(*args))])
+        return jnp.concatenate(
+            [leaf.reshape(-1) for leaf in jax.tree.leaves(fun(*args))]
+        )
 
     jacobian = jax.jacrev(flat)(arrays[k])
     return np.asarray(jacobian).reshape(-1, arrays[k].size) != 0
@@ -140,9 +143,7 @@ def test_push_and_pull():
     got = push(np.array([4, 3, 8], np.int32), reads, 4)
     np.testing.assert_array_equal(got, [SEVERAL, 4, 8, NONE])
     np.testing.assert_array_equal(push(labels, ALL, 2), [SEVERAL, SEVERAL])
-    np.testing.assert_array_equal(
-        push(np.array([NONE, 6], np.int32), ALL, 2), [6, 6]
-    )
+    np.testing.assert_array_equal(push(np.array([NONE, 6], np.int32), ALL, 2), [6, 6])
 
 
 def test_merge():

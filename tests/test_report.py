@@ -1,12 +1,13 @@
 """The report names every weight, every reason, and the bytes that are allocated."""
 
 import equinox as eqx
-import eqx_etrace as etrace
 import jax
 import jax.numpy as jnp
 import pytest
-from eqx_etrace._report import size
 from models import spike
+
+import eqx_etrace as etrace
+from eqx_etrace._report import size
 
 
 N, IN, OUT, BATCH = 6, 4, 2, 3

@@ -1,13 +1,14 @@
 """`step` under JAX's transformations, over dtypes, and with wrong arguments."""
 
 import equinox as eqx
-import eqx_etrace as etrace
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from models import spike
+
+import eqx_etrace as etrace
 
 
 N, IN, OUT = 6, 4, 2
@@ -87,9 +88,9 @@ def test_new_params_do_not_retrace(name):
     @jax.jit
     @eqx.debug.assert_max_traces(max_traces=1)
     def gradient(params, state, trace, x):
-        return jax.grad(
-            lambda p: _loss(graph, p, state, trace, x), has_aux=True
-        )(params)
+        return jax.grad(lambda p: _loss(graph, p, state, trace, x), has_aux=True)(
+            params
+        )
 
     first, (state, trace) = gradient(params, state, trace, x)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, first)
@@ -170,6 +171,7 @@ def test_vmap_over_examples_and_over_params(name):
 @pytest.mark.parametrize("name", NETS)
 def test_dtypes_are_kept_and_gradients_close(name, dtype, batched):
     dtype = jnp.dtype(dtype)
+
     def exactly(tree):
         return jax.tree.map(
             lambda a: a.astype(jnp.float64) if eqx.is_array(a) else a, tree
@@ -217,7 +219,9 @@ def test_x64_off(name):
 def test_surrogate_gradient_survives():
     """Inlining custom_jvp would turn the derivative of a spike into zero."""
     graph, params, state, trace, x = _setup("lif")
-    grads, _ = jax.grad(lambda p: _loss(graph, p, state, trace, x), has_aux=True)(params)
+    grads, _ = jax.grad(lambda p: _loss(graph, p, state, trace, x), has_aux=True)(
+        params
+    )
     assert np.abs(grads.w_in.weight).max() > 1e-6
 
 
@@ -373,12 +377,16 @@ def test_wrong_batch_sizes_get_a_sentence():
     xs = jnp.ones((3, IN))
     graph = etrace.compile(net, states, xs, batched=True)
     params, trace = graph.params(net), etrace.init_trace(graph)
-    with pytest.raises(ValueError, match=r"x: got float64\[2, 4\], expected float64\[3"):
+    with pytest.raises(
+        ValueError, match=r"x: got float64\[2, 4\], expected float64\[3"
+    ):
         etrace.step(graph, params, states, trace, xs[:2])
     with pytest.raises(ValueError, match=r"state\[0\]: got float64\[6\], expected"):
         etrace.step(graph, params, state, trace, xs)
     other = etrace.init_trace(etrace.compile(net, state, xs[0]))
-    with pytest.raises(ValueError, match=r"trace\[0\] of w_in.weight: got float64\[6, 4"):
+    with pytest.raises(
+        ValueError, match=r"trace\[0\] of w_in.weight: got float64\[6, 4"
+    ):
         etrace.step(graph, params, states, other, xs)
 
 

@@ -5,11 +5,12 @@ tests do not show it.
 """
 
 import equinox as eqx
-import eqx_etrace as etrace
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import eqx_etrace as etrace
 
 
 UNITS, INPUTS, BATCH = 420, 310, 8  # more than a million entries a trace

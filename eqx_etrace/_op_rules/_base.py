@@ -68,9 +68,7 @@ class OpRule(abc.ABC):
 
         # XLA's CPU backend takes 2 to 5 times as long for any reduction or product
         # over the leading axis; a GPU would run the loop as one small kernel a sample.
-        return jax.lax.platform_dependent(
-            *samples, cpu=one_by_one, default=at_once
-        )
+        return jax.lax.platform_dependent(*samples, cpu=one_by_one, default=at_once)
 
     def _sum(self, vectors: Sequence[Any], traces: Sequence[Any], dtype: Any) -> Any:
         total = jnp.zeros((), dtype)
