@@ -162,8 +162,8 @@ def _layers(a: Analysis) -> list[Decision]:
         others = [g for g in a.groups if g is not group and reached & set(g.doors)]
         for other in others:
             reason = (
-                f"credit through the memory of {', '.join(other.leaves)} is not carried "
-                "back to it in a single step; a multi-step window recovers it"
+                f"credit through the memory of {', '.join(other.leaves)} is not "
+                "carried back to it in a single step; a multi-step window recovers it"
             )
             weights = dict.fromkeys(
                 path

@@ -45,10 +45,10 @@ Vjp = Literal["auto", "single-step", "multi-step"]
 class ETraceGraph(eqx.Module):
     """What the compiler knows about one time step of a model; frozen, a pytree.
 
-    Its arrays (constants of the step, untrained arrays of the model) are leaves, all the
-    rest is static: a graph may be closed over, or passed through `eqx.filter_jit`,
-    `jax.jit` and scan carries. Made by `eqx_etrace.compile`; two graphs are
-    never equal, so compile once, outside jit.
+    Its arrays (constants of the step, untrained arrays of the model) are leaves, all
+    the rest is static: a graph may be closed over, or passed through `eqx.filter_jit`,
+    `jax.jit` and scan carries. Made by `eqx_etrace.compile`; two graphs are never
+    equal, so compile once, outside jit.
 
     **Attributes:**
 
@@ -163,9 +163,9 @@ def _nothing_hidden(staged: Staged) -> str:
     return (
         "No trainable weight reaches the state: got the params "
         f"{params} and the state leaves {state}, expected at least one floating-point "
-        "state leaf that a param influences. Check that the step returns the new state, "
-        "that `trainable` selects the recurrent weights, and that no stop_gradient or "
-        "comparison without surrogate gradient lies between."
+        "state leaf that a param influences. Check that the step returns the new "
+        "state, that `trainable` selects the recurrent weights, and that no "
+        "stop_gradient or comparison without surrogate gradient lies between."
     )
 
 
@@ -235,10 +235,10 @@ def _no_relation(staged: Staged, groups: Sequence[HiddenGroup]) -> str:
     leaves = ", ".join(leaf for group in groups for leaf in group.leaves)
     params = ", ".join(staged.params.paths)
     return (
-        f"No weight feeds single units: got the params {params}, which reach the hidden "
-        f"state {leaves} only through equations that mix units, expected at least one "
-        "weight with a path to the new state of one unit. Check for a mean, sort or "
-        "product without weights between the last weight and the state."
+        f"No weight feeds single units: got the params {params}, which reach the "
+        f"hidden state {leaves} only through equations that mix units, expected at "
+        "least one weight with a path to the new state of one unit. Check for a mean, "
+        "sort or product without weights between the last weight and the state."
     )
 
 

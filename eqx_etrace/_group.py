@@ -106,6 +106,7 @@ class HiddenGroup(eqx.Module):
         for ref in self.context:
             if ref in tap:
                 start[ref] = tap[ref](start[ref])
+        edge: dict[Edge, Callable[[Any], Any]]
         edge = dict.fromkeys(self.cut, jax.lax.stop_gradient)
         for key, mask in zip(self.masked, self.masks, strict=True):
             edge[key] = _masked_stop(mask)
@@ -202,7 +203,7 @@ def make_group(
     return HiddenGroup(
         units=table.shape[0],
         slots=table.shape[1],
-        leaves=tuple(paths[hidden.leaves[leaf]] for leaf in leaf_of),
+        leaves=tuple(str(paths[hidden.leaves[leaf]]) for leaf in leaf_of),
         transition_matrix=slot_matrix(matrices["old"], table.shape[1]),
         within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
         order=tuple(sorted(range(len(leaf_of)), key=lambda s: written[slot_door[s]])),

@@ -10,13 +10,14 @@ seeded with ones on slot s' of all units, gives at once
     df[s']   = dh'_{s'}/dy      (the shape of y) for every relation
 
 because in the local program no value feeds more than one unit. They are direct
-derivatives. In an order in which L is strictly triangular the trace follows slot by slot,
+derivatives. In an order in which L is strictly triangular the trace follows slot by
+slot,
 
     e'_{s'} = sum_s D[s'][s] e_s + sum_s L[s'][s] e'_s + df[s'] dy/dw
 
-and the learning signal l, the derivative of the loss that does not count these same-step
-paths twice, follows from the total derivative T of the full step by one product:
-dh'/d(delta h') = (1 - L)^-1 = M and T = M^T l, so that l = T - L^T T.
+and the learning signal l, the derivative of the loss that does not count these
+same-step paths twice, follows from the total derivative T of the full step by one
+product: dh'/d(delta h') = (1 - L)^-1 = M and T = M^T l, so that l = T - L^T T.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -179,10 +180,10 @@ def partial_signal(
     """
     signal = []
     for s in range(group.slots):
-        l = total[s]
+        partial = total[s]
         for t in range(group.slots):
             factor = within[t][s]
             if factor is not None:
-                l = l - (factor * total[t]).astype(l.dtype)
-        signal.append(l)
+                partial = partial - (factor * total[t]).astype(partial.dtype)
+        signal.append(partial)
     return signal

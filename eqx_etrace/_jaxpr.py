@@ -96,8 +96,9 @@ class Aval:
 class Origin(enum.Enum):
     """What a value is computed from.
 
-    `CONSTANT`: nothing. `WEIGHT`: params, with a derivative. `PREPARED`: params, without
-    one (masks made by comparison, `stop_gradient`). `DATA`: the step's state or input.
+    `CONSTANT`: nothing. `WEIGHT`: params, with a derivative. `PREPARED`: params,
+    without one (masks made by comparison, `stop_gradient`). `DATA`: the step's state or
+    input.
     """
 
     CONSTANT = 0

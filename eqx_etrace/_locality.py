@@ -1,7 +1,7 @@
 """The local program at compile time: what is cut, and who feeds whom.
 
-Unit labels are sent backward from the new state. An element of an operand is *cut* (read
-through a stop_gradient in the local program) where
+Unit labels are sent backward from the new state. An element of an operand is *cut*
+(read through a stop_gradient in the local program) where
 
 - the elements that read it feed several units (the mean of a layer, a recurrent
   product), or
@@ -9,8 +9,8 @@ through a stop_gradient in the local program) where
 - it carries any old state and the equation mixes with a weight.
 
 What is left sends every value to one unit only, so one reverse pass with ones on a slot
-gives that slot's row of all units at once. Along with the labels go bits: which slots of
-its unit an element feeds. They tell which derivatives are structurally zero.
+gives that slot's row of all units at once. Along with the labels go bits: which slots
+of its unit an element feeds. They tell which derivatives are structurally zero.
 
 `Doors` then checks whether the new state is the only way out (single-step) or some path
 bypasses it (multi-step).

@@ -60,7 +60,7 @@ class Reads:
         self.program = program
         self.constants = constants
         self._kinds: dict[int, Mixing] = {}
-        self._cache: dict[tuple[int, int], list[Labels | None]] = {}
+        self._cache: dict[tuple[int, int], list[Labels]] = {}
 
     def known(self, ref: Ref) -> Any | None:
         """The value of a constant operand, None for anything else."""
@@ -76,14 +76,14 @@ class Reads:
             self._kinds[equation.index] = kind
         return self._kinds[equation.index]
 
-    def __call__(self, equation: Equation, k: int) -> list[Labels | None]:
+    def __call__(self, equation: Equation, k: int) -> list[Labels]:
         """Per output, the array described above, or ALL."""
         key = (equation.index, k)
         if key not in self._cache:
             self._cache[key] = self._find(equation, k)
         return self._cache[key]
 
-    def _find(self, equation: Equation, k: int) -> list[Labels | None]:
+    def _find(self, equation: Equation, k: int) -> list[Labels]:
         kind = self.kind(equation)
         operand = aval_of(self.program.avals, equation.inputs[k])
         if kind is Mixing.ELEMENTWISE:
@@ -114,7 +114,7 @@ class Reads:
             outs = [np.asarray(out) for out in bind(equation, args)]
         return [np.where(out < 0, NONE, out) for out in outs]
 
-    def _contracted(self, equation: Equation, k: int) -> Labels | None:
+    def _contracted(self, equation: Equation, k: int) -> Labels:
         (contract, batch) = equation.params["dimension_numbers"]
         mine, other = self._shape(equation, k), self._shape(equation, 1 - k)
         free = _free(len(mine), contract[k], batch[k])
@@ -159,7 +159,7 @@ def pull(labels: Labels, reads: Labels) -> Labels:
     return np.where(rows >= 0, labels[rows], NONE)
 
 
-def push(labels: Labels, reads: Labels | None, size: int) -> Labels:
+def push(labels: Labels, reads: Labels, size: int) -> Labels:
     """Labels of the output's elements, as (operand elements): NONE where no labelled
     element reads, SEVERAL where elements of different labels do."""
     if reads is ALL:
@@ -176,7 +176,7 @@ def push(labels: Labels, reads: Labels | None, size: int) -> Labels:
     return result
 
 
-def push_bits(bits: Labels, reads: Labels | None, size: int) -> Labels:
+def push_bits(bits: Labels, reads: Labels, size: int) -> Labels:
     """Union, over the output elements that read it, of each element's bits."""
     if reads is ALL:
         return np.full(size, np.bitwise_or.reduce(bits, initial=0), np.int64)

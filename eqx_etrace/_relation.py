@@ -39,7 +39,8 @@ class UnitMap(eqx.Module):
             outer, inner = self.repeats
             tiled = jnp.broadcast_to(v[None, :, None], (outer, self.units, inner))
             return tiled.reshape(self.shape)
-        return jnp.where(self.index >= 0, v[self.index], jnp.zeros((), v.dtype))
+        index = jnp.asarray(self.index)
+        return jnp.where(index >= 0, v[index], jnp.zeros((), v.dtype))
 
 
 def unit_map(positions: Labels, units: int, shape: tuple[int, ...]) -> UnitMap:

@@ -75,7 +75,7 @@ def step(
 
     - `graph`: what `eqx_etrace.compile` returned.
     - `params`: `graph.params(model)`, or what an optimiser made of it.
-    - `state`, `x`: as given to `compile`; with a leading batch axis for a batched graph.
+    - `state`, `x`: as given to `compile`, the batch in front for a batched graph.
     - `trace`: `init_trace(graph)`, or what the last step returned.
 
     **Returns:** `(out, state, trace)`. `out` and `state` are what the model returns.
@@ -98,7 +98,8 @@ def step(
     _check_trace(graph, trace)
     weights, prepared = prepare(graph, param_leaves)
     arrays, static = eqx.partition(graph, eqx.is_array)
-    out, new_state, new_trace = _core(
+    core: Any = _core  # pyright cannot see through the decorator
+    out, new_state, new_trace = core(
         Frozen.of(static),
         arrays,
         weights,
@@ -340,9 +341,10 @@ def _inexact(leaf: Any) -> bool:
 
 
 def _instantiate(cotangent: Any) -> Any:
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    aval: Any = cotangent.aval
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 _core.defvjp(_core_fwd, _core_bwd, symbolic_zeros=True)

@@ -8,10 +8,10 @@ step, and two elements are joined where
 2. a mixing equation without weights contracts them (a fixed coupling of compartments),
 3. they are the same element of the old and of the new state.
 
-A mixing equation with a weight never joins: that is the recurrence that local rules cut.
-Where a component grows beyond `max_slots`, the joins of kind 2 in it are undone one
-equation at a time, the widest first; if it is still too large, only elements at the same
-index stay joined. What is not joined is cut later, and reported.
+A mixing equation with a weight never joins: that is the recurrence that local rules
+cut. Where a component grows beyond `max_slots`, the joins of kind 2 in it are undone
+one equation at a time, the widest first; if it is still too large, only elements at the
+same index stay joined. What is not joined is cut later, and reported.
 
 The s-th element of a unit is its slot s; the units with the same slots are a group.
 """
@@ -66,7 +66,7 @@ class Units:
 def find_hidden(
     program: Program, old: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Positions of the inexact state leaves that a weight can influence, now or later."""
+    """Positions of the inexact state leaves that a weight influences, now or later."""
     weights = {r for r, o in enumerate(program.origins) if o is Origin.WEIGHT}
     hidden: tuple[int, ...] = ()
     while True:

@@ -346,7 +346,9 @@ def _lru(key, inputs):
 
 
 def _lif(key, inputs):
-    layer = LIF(*_products(key, inputs, 4.0, 3.0), *_times(key, 2))
+    w_in, w_rec = _products(key, inputs, 4.0, 3.0)
+    tau_v, tau_g = _times(key, 2)
+    layer = LIF(w_in, w_rec, tau_v, tau_g)
     return layer, (_zeros(), _zeros()), UNITS
 
 

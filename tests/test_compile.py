@@ -1,5 +1,7 @@
 """What the compiler finds: hidden leaves, units, groups, relations, and its errors."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ class Step(eqx.Module):
 
     w: jax.Array
     u: jax.Array
-    fun: object = eqx.field(static=True)
+    fun: Any = eqx.field(static=True)
 
     def __call__(self, x, state):
         return self.fun(self, x, state)
@@ -198,8 +200,8 @@ def test_readouts_have_no_trace_and_no_group():
 
 def test_shape_structs_compile():
     model = _model(_rnn)
-    specs = [jax.ShapeDtypeStruct((n,), jnp.float64) for n in (N, IN)]
-    graph = etrace.compile(model, *specs)
+    h, x = (jax.ShapeDtypeStruct((n,), jnp.float64) for n in (N, IN))
+    graph = etrace.compile(model, h, x)
     assert _units(graph) == [(N, 1)]
 
 
@@ -260,7 +262,7 @@ def test_call_adapts_cells_that_return_only_the_state():
     np.testing.assert_array_equal(out, new)
 
 
-# -- errors: (step, state, options, what the message must say) --------------------------
+# -- errors: (step, state, options, what the message must say) -----------------------
 
 
 def _extra_leaf(m, x, h):

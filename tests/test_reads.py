@@ -77,7 +77,7 @@ def _chain(fun, arrays):
                     if found is ALL:
                         mine |= seen[source].any(0)
                         continue
-                    for row in found.reshape(found.shape[0], -1):
+                    for row in np.asarray(found).reshape(found.shape[0], -1):
                         mine[row != NONE] |= seen[source][row[row != NONE]]
         patterns.append(
             np.concatenate(

@@ -1,9 +1,9 @@
 """What an op rule is: how one use of a weight lays out its trace.
 
 A use is an equation y = op(..., w, ...) with a weight w among its operands. Its trace
-holds, per slot, the influence of w on the unit that y feeds. In the layout of an op rule
-each trace entry belongs to one element of y and one element of w, so that three moves
-are enough for every learning rule:
+holds, per slot, the influence of w on the unit that y feeds. In the layout of an op
+rule each trace entry belongs to one element of y and one element of w, so that three
+moves are enough for every learning rule:
 
 - `influence(df, operands)`: df . dy/dw, laid out as the trace;
 - `expand(v)`: a vector over y, shaped so that it multiplies a trace;
@@ -54,17 +54,19 @@ class OpRule(abc.ABC):
         dtype = _sum_dtype(traces[0].dtype)
         samples = tuple(vectors), tuple(traces)
         if traces[0].ndim == len(self.trace_shape):
-            return self._sum(*samples, dtype)
+            return self._sum(vectors, traces, dtype)
 
         def one_by_one(*samples: Any) -> Any:
             def add(total: Any, sample: Any) -> tuple[Any, None]:
-                return total + self._sum(*sample, dtype), None
+                vectors, traces = sample
+                return total + self._sum(vectors, traces, dtype), None
 
             zero = jnp.zeros(self.weight_shape, dtype)
             return jax.lax.scan(add, zero, samples)[0]
 
         def at_once(*samples: Any) -> Any:
-            return jnp.sum(jax.vmap(lambda *s: self._sum(*s, dtype))(*samples), axis=0)
+            each = jax.vmap(lambda vs, es: self._sum(vs, es, dtype))(*samples)
+            return jnp.sum(each, axis=0)
 
         # XLA's CPU backend takes 2 to 5 times as long for any reduction or product
         # over the leading axis; a GPU would run the loop as one small kernel a sample.

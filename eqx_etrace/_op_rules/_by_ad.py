@@ -1,7 +1,7 @@
 """The default: the Jacobian of one equation by automatic differentiation.
 
-It defines what every closed form must equal. Its trace has an entry for every pair of an
-element of y and an element of the weight, which the report shows as its cost.
+It defines what every closed form must equal. Its trace has an entry for every pair of
+an element of y and an element of the weight, which the report shows as its cost.
 """
 
 import dataclasses

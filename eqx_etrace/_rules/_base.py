@@ -58,6 +58,6 @@ class LocalRule(eqx.Module):
     ) -> Shaped[Array, "..."]:
         """The weight's gradient: the signal, spread over y per slot, times the trace.
 
-        A batch is a leading axis of both, and is summed. `signal[s]` is None where it is
-        known to be zero.
+        A batch is a leading axis of both, and is summed. `signal[s]` is None where it
+        is known to be zero.
         """

@@ -20,8 +20,8 @@ class DRTRL(LocalRule):
       + \sum_s L^t_{s's}\,\epsilon^t_s
       + \frac{\partial h^t_{s'}}{\partial y^t}\,\frac{\partial y^t}{\partial w}$$
 
-    with $D$ the S x S Jacobian by the unit's own old state variables and $L$ that by its
-    own new ones (a membrane that reads the new current). It is exact for every path
+    with $D$ the S x S Jacobian by the unit's own old state variables and $L$ that by
+    its own new ones (a membrane that reads the new current). It is exact for every path
     that stays within a unit: membrane, current, adaptation, gates, reset. What is left
     out is the credit through *other* units, that is, through the recurrent product;
     `graph.report()` lists it.
@@ -80,11 +80,9 @@ class DRTRL(LocalRule):
     ) -> Shaped[Array, "..."]:
         """The sum over slots, units and batch of signal . trace; None is zero."""
         heard = [
-            (signal[slot].astype(dtype), entries)
-            for slot, dtype, entries in zip(
-                relation.slots, relation.trace_dtypes, trace, strict=True
-            )
-            if signal[slot] is not None
+            (v.astype(entries.dtype), entries)
+            for slot, entries in zip(relation.slots, trace, strict=True)
+            if (v := signal[slot]) is not None
         ]
         if not heard:
             return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
