@@ -67,11 +67,17 @@ INDEXED = {
     prims.dynamic_update_slice_p: tuple(range(2, 64)),
     prims.scatter_p: (1,),
 }
+# They carry the jaxpr of an addition, a maximum, ...: no calls, though they look so.
+COMBINING = _present(
+    "scatter scatter_add scatter_sub scatter_mul scatter_min scatter_max reduce "
+    "reduce_window select_and_scatter"
+)
 CUSTOM = frozenset({prims.custom_jvp_call_p, prims.custom_vjp_call_p})
 INLINE = frozenset({prims.jit_p, prims.remat_p, prims.closed_call_p, prims.call_p})
 CONTROL_FLOW = frozenset({prims.cond_p, prims.scan_p, prims.while_p})
 STOP_GRADIENT = prims.stop_gradient_p
 DOT_GENERAL = prims.dot_general_p
+SCATTER_ADD = prims.scatter_add_p
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +338,8 @@ def inner_jaxpr(params: Mapping[str, Any]) -> Any:
 
 
 def is_higher_order(equation: Equation) -> bool:
+    if equation.primitive in COMBINING:
+        return False
     return next(iter(jex_core.jaxprs_in_params(equation.params)), None) is not None
 
 

@@ -38,7 +38,10 @@ class Locality:
     feeds: dict[int, Labels]
     """Per value, the unit that each element feeds locally, or NONE."""
     bits: dict[int, Labels]
-    """Per value, the slots that each element feeds without passing a door, as bits."""
+    """Per value, the slots that each element feeds by those who read it, as bits; no
+    further than to the next door."""
+    seeds: dict[int, Labels]
+    """Per door, the slot that each element is, as a bit."""
     cuts: dict[Edge, Labels]
     """Per edge, the elements of the operand that are cut."""
 
@@ -65,7 +68,7 @@ class _Backward:
                     self.through(equation, outputs)
         for ref in list(self.feeds):
             self.resolve(ref)
-        return Locality(self.feeds, self.bits, self.cuts)
+        return Locality(self.feeds, self.bits, self.seeds, self.cuts)
 
     def resolve(self, ref: int) -> tuple[Labels, Labels] | None:
         """Labels and bits of a value whose readers are all known; an element that

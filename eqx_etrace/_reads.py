@@ -25,6 +25,7 @@ from ._custom_types import Labels
 from ._jaxpr import (
     DOT_GENERAL,
     REDUCTIONS,
+    SCATTER_ADD,
     Equation,
     Program,
     Ref,
@@ -97,6 +98,8 @@ class Reads:
             return [_to_front(_places(operand.shape), axes)]
         if equation.primitive is DOT_GENERAL:
             return [self._contracted(equation, k)]
+        if equation.primitive is SCATTER_ADD and k != 1:
+            return [self._added(equation, k)]
         return [ALL for _ in equation.outputs]
 
     def _moved(self, equation: Equation, k: int) -> list[Labels]:
@@ -113,6 +116,33 @@ class Reads:
         with jax.ensure_compile_time_eval():
             outs = [np.asarray(out) for out in bind(equation, args)]
         return [np.where(out < 0, NONE, out) for out in outs]
+
+    def _added(self, equation: Equation, k: int) -> Labels:
+        """x.at[constant indices].add(updates): x in place, updates where they land."""
+        shapes = [aval_of(self.program.avals, ref).shape for ref in equation.inputs]
+        indices = self.known(equation.inputs[1])
+        if k == 0 or indices is None:
+            return _places(shapes[0])[None] if k == 0 else ALL
+        dtype = aval_of(self.program.avals, equation.inputs[0]).dtype
+
+        def add(updates: Any) -> Any:
+            zero = jnp.zeros(shapes[0], dtype)
+            return bind(equation, [zero, indices, updates])[0]
+
+        with jax.ensure_compile_time_eval():
+            pull = jax.vjp(add, jnp.zeros(shapes[2], dtype))[1]
+
+            def picked(values: Labels) -> Labels:
+                return np.asarray(pull(jnp.asarray(values, dtype))[0]).astype(int)
+
+            # Digit by digit: small integers are exact in every floating dtype.
+            rest, landed, weight = _places(shapes[0]), 0, 1
+            present = picked(np.ones(shapes[0])) > 0
+            while rest.any():
+                landed = landed + weight * picked(rest % 64)
+                rest, weight = rest // 64, weight * 64
+        landed = np.where(present, landed, NONE)
+        return _by_target(landed.reshape(-1), shapes[0])
 
     def _contracted(self, equation: Equation, k: int) -> Labels:
         (contract, batch) = equation.params["dimension_numbers"]
@@ -145,6 +175,19 @@ def _free(ndim: int, *taken: tuple[int, ...]) -> list[int]:
 def _places(shape: tuple[int, ...]) -> Labels:
     size = int(np.prod(shape, dtype=np.int64))
     return np.arange(size, dtype=np.int32).reshape(shape)
+
+
+def _by_target(targets: Labels, shape: tuple[int, ...]) -> Labels:
+    """From the target of each source to the sources of each target, by rows."""
+    sources = np.flatnonzero(targets >= 0)
+    sources = sources[np.argsort(targets[sources], kind="stable")]
+    targets = targets[sources]
+    first = np.searchsorted(targets, targets)
+    rank = np.arange(targets.size) - first
+    size = int(np.prod(shape, dtype=np.int64))
+    rows = np.full((int(rank.max(initial=0)) + 1, size), NONE)
+    rows[rank, targets] = sources
+    return rows.reshape(-1, *shape)
 
 
 def _to_front(places: Labels, axes: tuple[int, ...]) -> Labels:

@@ -172,7 +172,8 @@ def make_relation(
     feeds = locality.feeds[use.y]
     mine = (feeds >= 0) & (units.group[feeds] == number)
     positions = np.where(mine, units.position[feeds], NONE)
-    bits = int(np.bitwise_or.reduce(locality.bits[use.y][mine], initial=0))
+    fed = locality.seeds.get(use.y, locality.bits[use.y])[mine]
+    bits = int(np.bitwise_or.reduce(fed, initial=0))
     reached = tuple(s for s in range(group.slots) if (bits >> s) & 1)
     kept = set(reached)
     while True:

@@ -6,24 +6,24 @@ step, and two elements are joined where
 
 1. an elementwise equation combines them,
 2. a mixing equation without weights contracts them (a fixed coupling of compartments),
-3. they are the same element of the old and of the new state.
+3. they are the same element of the old and of the new state,
+4. the same element of what a weight adds to the step drives them, elementwise.
 
 A mixing equation with a weight never joins: that is the recurrence that local rules
-cut. Where a component grows beyond `max_slots`, the joins of kind 2 in it are undone
-one equation at a time, the widest first; if it is still too large, only elements at the
-same index stay joined. What is not joined is cut later, and reported.
+cut. Where a component grows beyond `max_slots`, the joins of kinds 2 and 4 in it are
+undone one equation at a time, the widest first; if it is still too large, only elements
+at the same index stay joined. What is not joined is cut later, and reported.
 
 The s-th element of a unit is its slot s; the units with the same slots are a group.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
 from ._custom_types import Labels
 from ._errors import CompileError
-from ._jaxpr import Equation, Origin, Program
+from ._jaxpr import SCATTER_ADD, Equation, Origin, Program
 from ._reads import ALL, NONE, SEVERAL, Mixing, Reads, pull
 
 
@@ -93,35 +93,95 @@ def weighted(program: Program, equation: Equation) -> bool:
     return any(program.origins[ref] is Origin.WEIGHT for ref in equation.values)
 
 
-Combine = Callable[[Equation, int, Labels], Labels]
+def _leading_to_doors(
+    program: Program, hidden: Hidden, reads: Reads
+) -> tuple[Equation, ...]:
+    """The equations whose results reach the new state unmixed with a weight.
+
+    What only leads to outputs, or into the product of a later layer, joins no units.
+    """
+    needed, found = set(hidden.doors), []
+    for equation in reversed(program.equations):
+        data = any(program.origins[r] is Origin.DATA for r in equation.outputs)
+        if data and equation.differentiable and needed.intersection(equation.outputs):
+            found.append(equation)
+            mixing = reads.kind(equation) is Mixing.MIXING
+            if not (mixing and weighted(program, equation)):
+                needed.update(equation.values)
+    return tuple(found[::-1])
 
 
-def _propagate(
-    program: Program, seeds: dict[int, Labels], reads: Reads, combine: Combine
-) -> dict[int, Labels]:
-    """Send labels forward; `combine` makes one label of all that an element reads."""
-    labels = dict(seeds)
-    for equation in program.equations:
+class _Walk:
+    """Sends labels forward through a program; subclasses say what happens to them."""
+
+    def __init__(self, program: Program, hidden: Hidden, reads: Reads):
+        self.program, self.hidden, self.reads = program, hidden, reads
+        self.equations = _leading_to_doors(program, hidden, reads)
+        offsets = hidden.offsets
+        self.spans = {
+            ref: slice(offsets[i], offsets[i + 1])
+            for refs in (hidden.old, hidden.doors)
+            for i, ref in enumerate(refs)
+        }
+
+    def combine(self, equation: Equation, rows: Labels, mixing: bool) -> Labels:
+        """One label for all that an output element reads, down each column."""
+        raise NotImplementedError
+
+    def begin(self, equation: Equation, ref: int) -> Labels | None:
+        """Labels of an output that reads no label."""
+        del equation, ref
+
+    def at_door(self, ref: int, labels: Labels | None, own: slice) -> Labels | None:
+        """Labels of a new state leaf."""
+        del ref, own
+        return labels
+
+    def run(self, seeds: dict[int, Labels]) -> dict[int, Labels]:
+        labels = dict(seeds)
+        for equation in self.equations:
+            found = self.through(equation, labels)
+            for ref, mine in zip(equation.outputs, found, strict=True):
+                if ref in self.hidden.doors:
+                    mine = self.at_door(ref, mine, self.spans[ref])
+                if mine is not None:
+                    labels[ref] = mine
+        return labels
+
+    def through(
+        self, equation: Equation, labels: dict[int, Labels]
+    ) -> list[Labels | None]:
         labelled = [k for k, ref in equation.operands if ref in labels]
-        mixing = reads.kind(equation) is Mixing.MIXING if labelled else False
-        if not labelled or not equation.differentiable:
-            continue
-        if mixing and weighted(program, equation):
-            continue
+        product = weighted(self.program, equation)
+        mixing = self.reads.kind(equation) is Mixing.MIXING
+        found: list[Labels | None] = []
         for position, ref in enumerate(equation.outputs):
-            if not program.avals[ref].inexact:
-                continue
-            arrays = [reads(equation, k)[position] for k in labelled]
-            if any(array is ALL for array in arrays):
-                continue
-            rows = [
-                pull(labels[equation.inputs[k]], array)
-                for k, array in zip(labelled, arrays, strict=True)
-            ]
-            stacked = np.concatenate(rows)
-            if (stacked != NONE).any():
-                labels[ref] = combine(equation, ref, stacked)
-    return labels
+            mine = None
+            if self.program.avals[ref].inexact:
+                if labelled and not (mixing and product):
+                    mine = self.gather(equation, position, labelled, labels, mixing)
+                if mine is None and product:
+                    mine = self.begin(equation, ref)
+            found.append(mine)
+        return found
+
+    def gather(
+        self,
+        equation: Equation,
+        position: int,
+        labelled: list[int],
+        labels: dict[int, Labels],
+        mixing: bool,
+    ) -> Labels | None:
+        arrays = [self.reads(equation, k)[position] for k in labelled]
+        if any(array is ALL for array in arrays):
+            return None
+        rows = [
+            pull(labels[equation.inputs[k]], array)
+            for k, array in zip(labelled, arrays, strict=True)
+        ]
+        combined = self.combine(equation, np.concatenate(rows), mixing)
+        return combined if (combined != NONE).any() else None
 
 
 def _first(rows: Labels) -> Labels:
@@ -130,101 +190,124 @@ def _first(rows: Labels) -> Labels:
     return np.take_along_axis(rows, pick[None], axis=0)[0]
 
 
-class _Joins:
-    """One attempt: the pairs of hidden elements that are one unit's."""
+class _Joins(_Walk):
+    """One attempt: the pairs of hidden elements that are one unit's.
 
-    def __init__(self, hidden: Hidden, max_slots: int):
-        self.max_slots = max_slots
-        self.undone: set[int] = set()
-        self.by_index = False
-        offsets = hidden.offsets
-        self.count = int(offsets[-1])
-        sizes = np.diff(offsets)
-        self.index = np.concatenate([np.arange(n) for n in sizes] or [np.zeros(0, int)])
-        self.pairs: list[Labels] = []
-        self.widths: dict[int, int] = {}
-        self.touched: dict[int, Labels] = {}
+    What a weight adds to the step has labels of its own, beyond those of the hidden
+    elements: two state variables that one such value drives are one unit's, too.
+    """
 
-    def combine(self, equation: Equation, ref: int, rows: Labels, mixing: bool):
+    def __init__(
+        self,
+        program: Program,
+        hidden: Hidden,
+        reads: Reads,
+        max_slots: int,
+        undone: frozenset[int],
+        by_index: bool,
+    ):
+        super().__init__(program, hidden, reads)
+        self.max_slots, self.undone, self.by_index = max_slots, undone, by_index
+        sizes = np.diff(hidden.offsets)
+        self.count = int(hidden.offsets[-1])
+        self.size = self.count
+        self.place = np.concatenate([np.arange(n) for n in sizes])
+        """Per hidden element, its index in its leaf."""
+        shapes = list(dict.fromkeys(hidden.shapes))
+        alike = [shapes.index(shape) for shape in hidden.shapes]
+        self.key = self.place + self.count * np.repeat(alike, sizes)
+        """The same for elements at the same index of leaves of the same shape."""
+        self.pairs: list[Labels] = [np.zeros((2, 0), int)]
+        self.joined: dict[int, tuple[int, Labels]] = {}
+        """Per equation whose joins can be undone: how wide it joins, some labels."""
+
+    def begin(self, equation: Equation, ref: int) -> Labels | None:
+        if self.by_index or equation.index in self.undone:
+            return None
+        first, self.size = self.size, self.size + self.program.avals[ref].size
+        labels = np.arange(first, self.size)
+        self.joined[equation.index] = (1, labels)
+        return labels
+
+    def at_door(self, ref: int, labels: Labels | None, own: slice) -> Labels:
+        mine = np.arange(own.start, own.stop)
+        if labels is not None:
+            self.join(mine, labels)
+        return mine
+
+    def combine(self, equation: Equation, rows: Labels, mixing: bool) -> Labels:
         if mixing:
-            width = int((rows != NONE).sum(axis=0).max())
+            hidden = np.where(rows < self.count, rows, NONE)
+            width = int((hidden != NONE).sum(axis=0).max())
             if width > self.max_slots or equation.index in self.undone:
-                return np.full(rows.shape[1], NONE, np.int32)
-            self.widths[equation.index] = width
-        chosen = _first(rows)
-        if self.by_index:
-            here = np.arange(rows.shape[1])
-            same = (rows != NONE) & (self.index[rows] == here)
-            own = np.take_along_axis(rows, np.argmax(same, axis=0)[None], axis=0)[0]
-            chosen = np.where(same.any(axis=0), own, chosen)
+                return np.full(rows.shape[1], NONE)
+            self.joined[equation.index] = (width, _first(hidden))
+            if equation.primitive is not SCATTER_ADD:  # which only sends them on
+                rows = hidden
+        chosen = self.choose(rows)
         for row in rows:
-            differ = (row != NONE) & (row != chosen)
-            if differ.any():
-                pairs = np.stack([chosen[differ], row[differ]])
-                self.pairs.append(pairs)
-                if mixing:
-                    self.touched[equation.index] = pairs[0]
+            self.join(chosen, row)
         return chosen
 
-    def components(self, extra: list[Labels]) -> Labels:
+    def choose(self, rows: Labels) -> Labels:
+        """The label that goes on: that of the same index, where only this one joins."""
+        chosen = _first(rows)
+        if not self.by_index:
+            return chosen
+        same = (rows != NONE) & (self.place[rows] == np.arange(rows.shape[1]))
+        own = np.take_along_axis(rows, np.argmax(same, axis=0)[None], axis=0)[0]
+        return np.where(same.any(axis=0), own, chosen)
+
+    def join(self, one: Labels, other: Labels) -> None:
+        differ = (one != NONE) & (other != NONE) & (one != other)
+        if self.by_index:
+            differ &= self.key[one] == self.key[other]
+        if differ.any():
+            self.pairs.append(np.stack([one[differ], other[differ]]))
+
+    def components(self) -> Labels:
+        """Per hidden element, its component."""
         # Here, because it takes as long to import as a third of JAX.
         from scipy.sparse import coo_matrix
         from scipy.sparse.csgraph import connected_components
 
-        pairs = [*self.pairs]
-        if self.by_index:
-            pairs = [p[:, self.index[p[0]] == self.index[p[1]]] for p in pairs]
-        pairs = np.concatenate([np.zeros((2, 0), int), *pairs, *extra], axis=1)
-        matrix = coo_matrix(
-            (np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])),
-            shape=(self.count, self.count),
-        )
-        return connected_components(matrix, directed=False)[1]
+        offsets = self.hidden.offsets
+        old = self.hidden.old
+        self.run({r: np.arange(offsets[i], offsets[i + 1]) for i, r in enumerate(old)})
+        one, other = np.concatenate(self.pairs, axis=1)
+        shape = (self.size, self.size)
+        matrix = coo_matrix((np.ones(one.size, bool), (one, other)), shape=shape)
+        self.labels = connected_components(matrix, directed=False)[1]
+        return self.labels[: self.count]
 
-
-def _attempt(program: Program, hidden: Hidden, reads: Reads, joins: _Joins) -> Labels:
-    """Component of each hidden element under the joins that are still allowed."""
-    joins.pairs, joins.widths, joins.touched = [], {}, {}
-    offsets = hidden.offsets
-    seeds = {
-        ref: np.arange(offsets[i], offsets[i + 1], dtype=np.int32)
-        for i, ref in enumerate(hidden.old)
-    }
-
-    def combine(equation: Equation, ref: int, rows: Labels) -> Labels:
-        mixing = reads.kind(equation) is Mixing.MIXING
-        return joins.combine(equation, ref, rows, mixing)
-
-    labels = _propagate(program, seeds, reads, combine)
-    extra = []
-    for i, ref in enumerate(hidden.doors):
-        own = np.arange(offsets[i], offsets[i + 1])
-        found = labels.get(ref, np.full(own.size, NONE))
-        pair = np.stack([found, own])[:, found != NONE]
-        if joins.by_index:
-            pair = pair[:, joins.index[pair[0]] == joins.index[pair[1]]]
-        extra.append(pair)
-    return joins.components(extra)
+    def widest(self, large: Labels) -> int | None:
+        """The equation that joins most within components that are too large."""
+        drives = np.bincount(np.concatenate(self.pairs, axis=1).reshape(-1))
+        drives = np.pad(drives, (0, self.size - drives.size))
+        widths = {}
+        for index, (width, labels) in self.joined.items():
+            labels = labels[labels != NONE]
+            if large[self.labels[labels]].any():
+                own = labels.min() >= self.count
+                widths[index] = int(drives[labels].max()) if own else width
+        return max(widths, key=lambda index: widths[index], default=None)
 
 
 def _components(
     program: Program, hidden: Hidden, reads: Reads, max_slots: int
 ) -> Labels:
-    joins = _Joins(hidden, max_slots)
+    undone, by_index = frozenset(), False
     while True:
-        component = _attempt(program, hidden, reads, joins)
-        sizes = np.bincount(component, minlength=1)
+        joins = _Joins(program, hidden, reads, max_slots, undone, by_index)
+        component = joins.components()
+        sizes = np.bincount(component, minlength=int(joins.labels.max()) + 1)
         if sizes.max() <= max_slots:
             return component
-        large = {
-            index: joins.widths[index]
-            for index, elements in joins.touched.items()
-            if (sizes[component[elements]] > max_slots).any()
-        }
-        if large:
-            joins.undone.add(max(large, key=lambda index: large[index]))
-        elif not joins.by_index:
-            joins.by_index = True
+        widest = joins.widest(sizes > max_slots)
+        if widest is not None:
+            undone |= {widest}
+        elif not by_index:
+            by_index = True
         else:
             raise CompileError(
                 f"A unit has {sizes.max()} state variables: got max_slots={max_slots}, "
@@ -259,22 +342,17 @@ def find_units(program: Program, hidden: Hidden, reads: Reads, max_slots: int) -
         mine = group[unit] == number
         table[position[unit[mine]], slot[mine]] = np.flatnonzero(mine)
         elements.append(table)
-    carried = _carried(program, hidden, reads, unit)
+    offsets = hidden.offsets
+    seeds = {ref: unit[offsets[i] : offsets[i + 1]] for i, ref in enumerate(hidden.old)}
+    carried = _Carried(program, hidden, reads).run(seeds)
     return Units(unit, slot, group, position, tuple(elements), carried)
 
 
-def _carried(
-    program: Program, hidden: Hidden, reads: Reads, unit: Labels
-) -> dict[int, Labels]:
-    def combine(equation: Equation, ref: int, rows: Labels) -> Labels:
-        del equation, ref
+class _Carried(_Walk):
+    """Labels are units here: whose old state a value carries, NONE or SEVERAL."""
+
+    def combine(self, equation: Equation, rows: Labels, mixing: bool) -> Labels:
+        del equation, mixing
         chosen = _first(rows)
         several = ((rows != NONE) & (rows != chosen)).any(axis=0)
         return np.where(several, SEVERAL, chosen)
-
-    offsets = hidden.offsets
-    seeds = {
-        ref: unit[offsets[i] : offsets[i + 1]].astype(np.int32)
-        for i, ref in enumerate(hidden.old)
-    }
-    return _propagate(program, seeds, reads, combine)

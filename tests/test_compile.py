@@ -1,184 +1,14 @@
-"""What the compiler finds: hidden leaves, units, groups, relations, and its errors."""
-
-from typing import Any
+"""What the compiler accepts, how models are adapted to it, and what its errors say."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import spike
+from test_units import IN, KEY, N, Step, adaptive, compiled, make, rnn, sizes
 
 import eqx_etrace as etrace
 from eqx_etrace._graph import _check_arguments
-
-
-N, IN = 6, 4
-KEY = jax.random.key(0)
-
-
-class Step(eqx.Module):
-    """Wraps a function of (weights, x, state) as a model."""
-
-    w: jax.Array
-    u: jax.Array
-    fun: Any = eqx.field(static=True)
-
-    def __call__(self, x, state):
-        return self.fun(self, x, state)
-
-
-def _model(fun, shape=(N, N)):
-    keys = jax.random.split(KEY)
-    return Step(
-        0.3 * jax.random.normal(keys[0], (shape[0], IN)),
-        0.3 * jax.random.normal(keys[1], shape),
-        fun,
-    )
-
-
-def _compile(fun, state, **options):
-    return etrace.compile(_model(fun), state, jnp.zeros(IN), **options)
-
-
-def _units(graph):
-    return [(group.units, group.slots) for group in graph.groups]
-
-
-def _rnn(m, x, h):
-    h = jnp.tanh(m.w @ x + m.u @ h)
-    return h, h
-
-
-def _counted(m, x, state):
-    h, count, key, filtered = state
-    filtered = 0.5 * filtered + x
-    h = jnp.tanh(m.w @ filtered + m.u @ h)
-    return h, (h, count + 1, key, filtered)
-
-
-def _adaptive(m, x, state):
-    v, a = state["v"], state["a"]
-    z = spike(v - a)
-    v = 0.9 * v + m.w @ x + m.u @ z
-    return z, {"v": v, "a": 0.8 * a + z}
-
-
-def _packed(m, x, h):
-    v, g = jnp.split(h, 2)
-    g = 0.5 * g + m.w @ x + m.u @ jnp.tanh(v)
-    v = 0.9 * v + g
-    return v, jnp.concatenate([v, g])
-
-
-def _compartments(m, x, h):
-    """[n, 3]: three coupled compartments a neuron."""
-    coupling = jnp.array([[0.8, 0.1, 0.0], [0.1, 0.8, 0.1], [0.0, 0.1, 0.8]])
-    drive = m.w @ x + m.u @ h[:, 2]
-    h = h @ coupling + drive[:, None] * jnp.eye(3)[:1]
-    return h[:, 2], h
-
-
-def _reversed(m, x, state):
-    """Unit i of one leaf goes with element n - 1 - i of the other."""
-    v, g = state
-    g = 0.5 * g + m.w @ x + m.u @ v
-    v = jnp.tanh(v + g[::-1])
-    return v, (v, g)
-
-
-def _mean_coupled(m, x, h):
-    h = jnp.tanh(m.w @ x + m.u @ h + 0.1 * h.mean())
-    return h, h
-
-
-def _rolled(m, x, h):
-    h = jnp.tanh(m.w @ x + 0.5 * h + 0.1 * jnp.roll(h, 1))
-    return h, h
-
-
-# name: (step, state, [(units, slots)], hidden leaves)
-STRUCTURES = {
-    "rnn": (_rnn, jnp.zeros(N), [(N, 1)], ["state"]),
-    "carried along": (
-        _counted,
-        (jnp.zeros(N), jnp.zeros((), int), jax.random.key(1), jnp.zeros(IN)),
-        [(N, 1)],
-        ["state[0]"],
-    ),
-    "two slots": (
-        _adaptive,
-        {"v": jnp.zeros(N), "a": jnp.zeros(N)},
-        [(N, 2)],
-        ["state['a']", "state['v']"],
-    ),
-    "halves of one leaf": (_packed, jnp.zeros(2 * N), [(N, 2)], ["state", "state"]),
-    "compartments": (
-        _compartments,
-        jnp.zeros((N, 3)),
-        [(N, 3)],
-        ["state", "state", "state"],
-    ),
-    "reversed": (
-        _reversed,
-        (jnp.zeros(N), jnp.zeros(N)),
-        [(N, 2)],
-        ["state[0]", "state[1]"],
-    ),
-    "mean within max_slots": (_mean_coupled, jnp.zeros(N), [(1, N)], ["state"] * N),
-}
-
-
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_units_and_slots(name):
-    fun, state, units, leaves = STRUCTURES[name]
-    graph = _compile(fun, state)
-    assert _units(graph) == units
-    assert list(graph.groups[0].leaves) == leaves
-
-
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_one_step_equals_autodiff(name):
-    fun, state, _, _ = STRUCTURES[name]
-    model = _model(fun)
-    graph = etrace.compile(model, state, jnp.zeros(IN))
-    state = jax.tree.map(
-        lambda a: a + 0.7 if jnp.issubdtype(a.dtype, jnp.floating) else a, state
-    )
-    x = jax.random.normal(KEY, (IN,))
-
-    def ours(params):
-        out, _, _ = etrace.step(graph, params, state, etrace.init_trace(graph), x)
-        return jnp.sum(jnp.sin(out))
-
-    def plain(params):
-        return jnp.sum(jnp.sin(graph.model(params)(x, state)[0]))
-
-    params = graph.params(model)
-    got, expected = jax.grad(ours)(params), jax.grad(plain)(params)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("fun", [_mean_coupled, _rolled])
-def test_joins_beyond_max_slots_are_undone_and_reported(fun):
-    graph = _compile(fun, jnp.zeros(N), max_slots=2)
-    assert _units(graph) == [(N, 1)]
-    cuts = [d for d in graph.decisions if d.kind is etrace.Kind.CUT]
-    assert any("a coupling" in decision.reason for decision in cuts)
-
-
-def test_a_roll_keeps_the_credit_of_the_own_past():
-    """Past max_slots, D is the factor of the unit's own state, not a column sum."""
-    graph = _compile(_rolled, jnp.zeros(N), max_slots=2)
-    model = _model(_rolled)
-    params, x = graph.params(model), jnp.ones(IN)
-    state, trace = jnp.linspace(-1.0, 1.0, N), etrace.init_trace(graph)
-    trace = jax.tree.map(jnp.ones_like, trace)
-    _, new, moved = etrace.step(graph, params, state, trace, x)
-    slope = 1 - new**2
-    (got,) = moved[0]
-    np.testing.assert_allclose(got, (0.5 * slope + slope)[:, None] * np.ones((N, IN)))
 
 
 def test_readouts_have_no_trace_and_no_group():
@@ -199,26 +29,26 @@ def test_readouts_have_no_trace_and_no_group():
 
 
 def test_shape_structs_compile():
-    model = _model(_rnn)
+    model = make(rnn)
     h, x = (jax.ShapeDtypeStruct((n,), jnp.float64) for n in (N, IN))
     graph = etrace.compile(model, h, x)
-    assert _units(graph) == [(N, 1)]
+    assert sizes(graph) == [(N, 1)]
 
 
 def test_trainable_selects_the_params():
-    spec = jax.tree.map(lambda _: False, _model(_rnn))
+    spec = jax.tree.map(lambda _: False, make(rnn))
     spec = eqx.tree_at(lambda m: m.u, spec, True)
-    graph = _compile(_rnn, jnp.zeros(N), trainable=spec)
+    graph = compiled(rnn, jnp.zeros(N), trainable=spec)
     assert graph.param_leaves.paths == ("u",)
-    params = graph.params(_model(_rnn))
+    params = graph.params(make(rnn))
     assert params.w is None and params.u is not None
     back = graph.model(params)
-    assert eqx.tree_equal(back, _model(_rnn))
+    assert eqx.tree_equal(back, make(rnn))
 
 
 def test_graph_model_inverts_params():
-    model = _model(_rnn)
-    graph = _compile(_rnn, jnp.zeros(N))
+    model = make(rnn)
+    graph = compiled(rnn, jnp.zeros(N))
     assert eqx.tree_equal(graph.model(graph.params(model)), model)
 
 
@@ -227,7 +57,7 @@ def test_call_adapts_state_first_models():
         h = jnp.tanh(model.w @ x + model.u @ h)
         return h, 2 * h
 
-    model = _model(None)
+    model = make(None)
 
     class StateFirst(eqx.Module):
         inner: Step
@@ -340,7 +170,7 @@ ERRORS = {
     "stop_gradient between": (_detached, jnp.zeros(N), {}, ["stop_gradient"]),
     "no surrogate": (_hard_threshold, jnp.zeros(N), {}, ["surrogate"]),
     "nothing trainable": (
-        _rnn,
+        rnn,
         jnp.zeros(N),
         {"trainable": lambda _: False},
         ["the params none", "trainable"],
@@ -362,9 +192,9 @@ ERRORS = {
         {"trainable": lambda leaf: True},
         ["fun", "floating-point"],
     ),
-    "a state that is no array": (_rnn, "zero", {}, ["state", "`str`"]),
+    "a state that is no array": (rnn, "zero", {}, ["state", "`str`"]),
     "no batch axis": (
-        _rnn,
+        rnn,
         jnp.zeros((3, N)),
         {"batched": True},
         ["3 in state", "4 in x"],
@@ -375,7 +205,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_compile_errors_say_what_where_and_why(name):
     fun, state, options, words = ERRORS[name]
-    model = _model(fun)
+    model = make(fun)
     if name == "integers selected":
         model = (model.w, "a string")
 
@@ -396,7 +226,7 @@ def test_wrong_arguments_of_compile():
     with pytest.raises(ValueError, match="'auto', 'single-step' or 'multi-step'"):
         _check_arguments(etrace.DRTRL(), "both", 16)
     with pytest.raises(ValueError, match="max_slots: got 0"):
-        _compile(_rnn, jnp.zeros(N), max_slots=0)
+        compiled(rnn, jnp.zeros(N), max_slots=0)
 
 
 def test_calls_on_data_and_on_weights_alone_may_be_anything():
@@ -406,12 +236,12 @@ def test_calls_on_data_and_on_weights_alone_may_be_anything():
         h = jnp.tanh(m.w @ x + u @ h)
         return h, h
 
-    graph = _compile(fun, jnp.zeros(N))
+    graph = compiled(fun, jnp.zeros(N))
     assert {"w", "u"} == {path for r in graph.relations for path in r.weight}
 
 
 def test_two_compiles_of_one_model_agree():
-    first, second = (_compile(_adaptive, _TWO) for _ in range(2))
+    first, second = (compiled(adaptive, _TWO) for _ in range(2))
     assert str(first.report()) == str(second.report())
     assert first.decisions == second.decisions
 
@@ -423,7 +253,7 @@ def test_what_is_stopped_is_no_weight():
         h = jnp.tanh(m.w @ x + jax.lax.stop_gradient(m.u) @ h)
         return h, h
 
-    graph = _compile(fun, jnp.zeros(N))
+    graph = compiled(fun, jnp.zeros(N))
     assert {path for r in graph.relations for path in r.weight} == {"w"}
     assert "no gradient at all" in str(graph.explain(weight="u"))
 
@@ -440,7 +270,7 @@ def test_complex_numbers_are_refused(what):
     dtype = jnp.complex128 if what == "state" else jnp.float64
     with pytest.raises(etrace.CompileError, match="expected real numbers"):
         with jax.numpy_dtype_promotion("standard"):
-            _compile(fun, jnp.zeros(N, dtype))
+            compiled(fun, jnp.zeros(N, dtype))
 
 
 def test_numbers_and_numpy_arrays_are_inputs_too():
@@ -448,7 +278,7 @@ def test_numbers_and_numpy_arrays_are_inputs_too():
         h = jnp.tanh(m.w @ x["drive"] + x["gain"] * (m.u @ h))
         return h, h
 
-    model, h = _model(fun), np.ones(N)
+    model, h = make(fun), np.ones(N)
     x = {"drive": np.ones(IN), "gain": 0.5}
     graph = etrace.compile(model, h, x)
     params, trace = graph.params(model), etrace.init_trace(graph)

@@ -1,4 +1,4 @@
-"""The README is true: its example learns with every weight, its report is the real one."""
+"""The README is true: its example trains every weight, its report is the real one."""
 
 import pathlib
 import re

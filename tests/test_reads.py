@@ -35,6 +35,10 @@ EXACT = {
     "gather": (lambda x: x[jnp.array([2, 0, 2])], [A34]),
     "dynamic_slice": (lambda x: jax.lax.dynamic_slice(x, (1,), (2,)), [A3]),
     "scatter": (lambda x, y: x.at[jnp.array([2, 0])].set(y), [A3, (2,)]),
+    "scatter-add": (
+        lambda x, y: x.at[jnp.array([2, 0, 2, 9])].add(y, mode="drop"),
+        [A3, (4,)],
+    ),
     "update": (lambda x, y: jax.lax.dynamic_update_slice(x, y, (1,)), [A3, (2,)]),
     "sum": (lambda x: x.sum(0), [A23]),
     "sum of all": (lambda x: x.sum(), [A23]),
