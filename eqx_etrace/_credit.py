@@ -58,7 +58,7 @@ def find_bypasses(a: Analysis) -> list[Decision]:
         if past is None:
             continue
         how = (
-            f"sends it to other units through {describe_equation(past)}"
+            f"moves other units, too, through {describe_equation(past)}"
             if isinstance(past, Equation)
             else f"reaches {a.name(past)} without passing the new state of its unit"
         )
@@ -146,10 +146,10 @@ def _cuts(a: Analysis) -> list[Decision]:
                 continue
             product = weighted(a.program, equation)
             mixing = a.reads.kind(equation) is Mixing.MIXING
-            what = "a recurrent product" if product and mixing else "a coupling"
+            what = "the recurrent product" if product and mixing else "the coupling"
             reason = (
-                f"{what}, {describe_equation(equation)}: a unit is credited for its "
-                "own past, not for the past of the others"
+                f"through {what} {describe_equation(equation)} a unit is credited for "
+                "its own past, not for the past of the others"
             )
             found.append(Decision(Kind.CUT, reason, state=group.leaves))
     return list(dict.fromkeys(found))
@@ -163,7 +163,7 @@ def _layers(a: Analysis) -> list[Decision]:
         for other in others:
             reason = (
                 f"credit through the memory of {', '.join(other.leaves)} is not "
-                "carried back to it in a single step; a multi-step window recovers it"
+                "carried back here in a single step; a multi-step window recovers it"
             )
             weights = dict.fromkeys(
                 path

@@ -37,7 +37,15 @@ class Decision:
     state: tuple[str, ...] = ()
     source: str = ""
 
+    @property
+    def about(self) -> str:
+        """The key paths concerned."""
+        return ", ".join(self.weight + self.state)
+
+    @property
+    def because(self) -> str:
+        """The reason, with the line of code."""
+        return self.reason + (f" ({self.source})" if self.source else "")
+
     def __str__(self) -> str:
-        about = ", ".join(self.weight + self.state)
-        where = f" ({self.source})" if self.source else ""
-        return f"{about}: {self.kind.value}: {self.reason}{where}"
+        return f"{self.about}: {self.kind.value}: {self.because}"

@@ -312,7 +312,8 @@ def compile(
     - `vjp`: `"single-step"` (learning signal times trace), `"multi-step"` (ordinary
       gradient of the step plus the trace at its start), or `"auto"`: single-step where
       the new state is the only way out of the step, multi-step otherwise.
-    - `max_unroll`: the longest loop inside a step that is unrolled.
+    - `max_unroll`: reserved for loops inside a step; those that a weight or the hidden
+      state passes through are refused so far.
     - `max_slots`: how many state variables a unit may have.
 
     **Returns:** a frozen `ETraceGraph`.
@@ -329,7 +330,7 @@ def compile(
         print(graph.report())
         ```
     """
-    del max_unroll  # loops with weights or hidden state inside are refused
+    del max_unroll
     _check_arguments(rule, vjp, max_slots)
     staged = stage(model, state, x, call=call, trainable=trainable, batched=batched)
     program, values = canonicalise(staged)

@@ -184,7 +184,7 @@ def bypass_of_use(
     doors: frozenset[int],
 ) -> Equation | int | None:
     """How a related value gets past its unit's new state: by an output's number, by
-    the equation that sends it to other units, or (None) not at all."""
+    the equation that moves other units with it, or (None) not at all."""
     outputs = set(program.outputs) - doors
     local, met = flow(program, [use], blocked=own_doors, cuts=locality.cuts)
     for ref in program.outputs:

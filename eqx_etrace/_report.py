@@ -81,7 +81,7 @@ def _groups(graph: "ETraceGraph") -> list[str]:
 def _list(title: str, decisions: Sequence[Decision]) -> list[str]:
     if not decisions:
         return []
-    return ["", title, *(f"  - {decision}" for decision in decisions)]
+    return ["", title, *(f"  - {d.about}: {d.because}" for d in decisions)]
 
 
 def report(graph: "ETraceGraph") -> Report:
@@ -100,8 +100,8 @@ def report(graph: "ETraceGraph") -> Report:
         *_groups(graph),
         *_list("State leaves carried along, not hidden", of_kind[Kind.NOT_HIDDEN]),
         *_list(f"Why {graph.vjp}", of_kind[Kind.MULTI_STEP]),
-        *_list("Cut", of_kind[Kind.CUT]),
-        *_list("Across groups", of_kind[Kind.ACROSS_GROUPS]),
+        *_list("Credit between units that is cut", of_kind[Kind.CUT]),
+        *_list("Credit across hidden groups", of_kind[Kind.ACROSS_GROUPS]),
         *_list("Without a closed form", of_kind[Kind.BY_AD]),
         *_list("Warnings", of_kind[Kind.WARNING]),
     ]

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from models import spike
+from models import MODELS, spike
 
 import eqx_etrace as etrace
 from eqx_etrace._report import size
@@ -73,9 +73,9 @@ def test_weights_without_temporal_credit_say_why():
 def test_groups_state_and_layers():
     text = str(_compile().report())
     assert "6 x 1          state[0]" in text
-    assert "state[2]: carried along, not hidden" in text
+    assert "state[2]: no trainable weight influences it" in text
     assert "memory of state[1] is not carried back" in text
-    assert "a recurrent product, `dot_general` at _rnn.py:" in text
+    assert "through the recurrent product `dot_general` at _rnn.py:" in text
     assert text.startswith("DRTRL, single-step, unbatched, trace ")
 
 
@@ -106,6 +106,14 @@ def test_multi_step_reasons():
     assert forced.vjp == "single-step"
     assert "Warnings" in str(forced.report())
     assert "misses it" in str(forced.report())
+
+
+def test_layernorm_between_is_reported():
+    model, state = MODELS["layernorm_between"].make(KEY)
+    graph = etrace.compile(model, state, jnp.zeros(MODELS["layernorm_between"].inputs))
+    reasons = str(graph.report()).split("Why multi-step")[1]
+    assert "layer.w_rec.weight" in reasons
+    assert "moves other units, too, through `sub` at _normalisation.py:" in reasons
 
 
 def test_default_op_rule_shows_its_cost():

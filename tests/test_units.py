@@ -291,7 +291,7 @@ def test_joins_beyond_max_slots_are_undone_and_reported(fun):
     graph = compiled(fun, jnp.zeros(N), max_slots=2)
     assert sizes(graph) == [(N, 1)]
     cuts = [d for d in graph.decisions if d.kind is etrace.Kind.CUT]
-    assert any("a coupling" in decision.reason for decision in cuts)
+    assert any("the coupling" in decision.reason for decision in cuts)
 
 
 def test_a_roll_keeps_the_credit_of_the_own_past():

@@ -28,9 +28,10 @@ class DRTRL(LocalRule):
 
     Memory: batch x weight entries x slots. It needs no hyper-parameter.
 
-    **Source:** D-RTRL of *BrainTrace*, Nature Communications, 2026. The idea of keeping
-    a unit's own past goes back to Mozer, Complex Systems, 1989, and for spiking neurons
-    to Bellec et al., Nature Communications, 2020 (e-prop).
+    **Source:** Wang et al., *Model-agnostic linear-memory online learning in spiking
+    neural networks*, Nature Communications 17, 2026. The idea of keeping a unit's own
+    past goes back to Mozer, Complex Systems 3, 1989, and for spiking neurons to Bellec
+    et al., Nature Communications 11, 2020 (e-prop).
 
     !!! example
 
