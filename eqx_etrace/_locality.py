@@ -36,7 +36,7 @@ class Locality:
     """What the backward pass over one program finds."""
 
     feeds: dict[int, Labels]
-    """Per value, the unit that each element feeds locally, or NONE."""
+    """Per value, the unit that each element feeds locally, NONE or SEVERAL."""
     bits: dict[int, Labels]
     """Per value, the slots that each element feeds by those who read it, as bits; no
     further than to the next door."""
@@ -53,7 +53,6 @@ class _Backward:
         self.bits: dict[int, Labels] = {}
         self.cuts: dict[Edge, Labels] = {}
         self.seeds: dict[int, Labels] = {}
-        self.consumers: dict[int, list[Edge]] = {}
         offsets = hidden.offsets
         for i, ref in enumerate(hidden.doors):
             own = slice(offsets[i], offsets[i + 1])
@@ -71,21 +70,14 @@ class _Backward:
         return Locality(self.feeds, self.bits, self.seeds, self.cuts)
 
     def resolve(self, ref: int) -> tuple[Labels, Labels] | None:
-        """Labels and bits of a value whose readers are all known; an element that
-        feeds several units by different equations is cut at each of them.
+        """Labels and bits of a value whose readers are all known.
 
         A door passes on its own slot only: what reads the new state is accounted for
         by the derivatives with respect to the door itself."""
         labels = self.feeds.get(ref)
         if labels is None or not self.program.avals[ref].inexact:
             return None
-        several = labels == SEVERAL
-        if several.any():
-            for edge in self.consumers[ref]:
-                self.cuts[edge] = self.cuts.get(edge, False) | several
-            labels = self.feeds[ref] = np.where(several, NONE, labels)
         bits = self.bits.setdefault(ref, np.zeros(labels.size, np.int64))
-        bits[several] = 0
         return labels, self.seeds.get(ref, bits)
 
     def through(self, equation: Equation, outputs: list) -> None:
@@ -118,7 +110,6 @@ class _Backward:
         if cut.any():
             self.cuts[edge] = cut
             target, bits = np.where(cut, NONE, target), np.where(cut, 0, bits)
-        self.consumers.setdefault(ref, []).append(edge)
         self.feeds[ref] = merge(self.feeds.get(ref), target)
         self.bits[ref] = self.bits.get(ref, 0) | bits
 

@@ -148,7 +148,7 @@ def params_of(program: Program, count: int) -> dict[int, frozenset[int]]:
 def related_groups(use: Use, units: Units, locality: Locality) -> list[int]:
     """The groups that a use feeds in the local program."""
     feeds = locality.feeds.get(use.y)
-    if feeds is None or (feeds == NONE).all():
+    if feeds is None:
         return []
     return sorted({int(group) for group in units.group[feeds[feeds >= 0]]})
 

@@ -146,6 +146,29 @@ def _scalar_gate(m, x, h):
     return h, h
 
 
+def _tiled(m, x, h):
+    """Each unit sums the products of two branches of three places."""
+    places = m.u.reshape(2, N, 3) * x[0]
+    h = jnp.tanh(m.w @ x + 0.5 * h + places.sum((0, 2)))
+    return h, h
+
+
+def _one_unit_twice(m, x, state):
+    """The last element of one product drives a unit of another leaf, too."""
+    h, g = state
+    drive = m.w @ x
+    h, g = jnp.tanh(0.5 * h + drive), jnp.tanh(0.9 * g + drive[N - 1 :])
+    return h.sum() + 2.0 * g.sum(), (h, g)
+
+
+def _gated_echo(m, x, state):
+    """One number drives the first leaf, and the second reads it."""
+    h, echo = state
+    h = jax.nn.sigmoid(m.u[0, :IN] @ x) * x.sum() * jnp.arange(1.0, N + 1)
+    echo = jnp.tanh(m.w @ x + 0.7 * echo + h)
+    return echo, (h, echo)
+
+
 # name: (step, state, [(units, slots)], hidden leaves)
 STRUCTURES = {
     "rnn": (rnn, jnp.zeros(N), [(N, 1)], ["state"]),
@@ -201,6 +224,13 @@ STRUCTURES = {
     ),
     "summed output": (_summed_output, jnp.zeros(N), [(N, 1)], ["state"]),
     "scatter-add": (_scattered, jnp.zeros((N, 2)), [(N, 2)], ["state", "state"]),
+    "tiled": (_tiled, jnp.zeros(N), [(N, 1)], ["state"]),
+    "two units' drive": (
+        _one_unit_twice,
+        (jnp.zeros(N), jnp.zeros(1)),
+        [(N - 1, 1), (1, 2)],
+        ["state[0]"],
+    ),
     "scalar gate within max_slots": (
         _scalar_gate,
         jnp.zeros(N),
@@ -243,6 +273,8 @@ def test_one_step_equals_autodiff(name):
 
 
 LOCAL = [
+    "tiled",
+    "two units' drive",
     "shared drive",
     "added outputs",
     "summed output",
@@ -284,6 +316,20 @@ def test_a_number_that_drives_too_many_units_is_cut():
     assert sizes(graph) == [(N, 1)]
     assert {path for r in graph.relations for path in r.weight} == {"w"}
     assert "only through a mixing equation" in str(graph.explain(weight="u"))
+
+
+def test_the_new_state_joins_what_reads_it():
+    """Even where what drives it joins too many units to be one unit's drive."""
+    graph = compiled(_gated_echo, (jnp.zeros(N),) * 2, max_slots=2)
+    assert sizes(graph) == [(N, 2)]
+
+
+def test_a_product_that_drives_two_units_is_not_single_step():
+    graph = compiled(_one_unit_twice, (jnp.zeros(N), jnp.zeros(1)), max_slots=1)
+    assert sizes(graph) == [(N, 1), (1, 1)]
+    assert graph.vjp == "multi-step"
+    (reason,) = (d for d in graph.decisions if d.kind is etrace.Kind.MULTI_STEP)
+    assert reason.weight == ("w",)
 
 
 @pytest.mark.parametrize("fun", [_mean_coupled, _rolled])
