@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from ._decision import Decision, Kind
 from ._group import HiddenGroup
+from ._hidden import Hidden, weighted
 from ._jaxpr import Equation, Program, describe_equation
 from ._locality import Locality, bypass_of_state, bypass_of_use, flow
 from ._op_rules import ByAD
 from ._reads import Mixing, Reads
 from ._relation import Relation, Use
-from ._units import Hidden, weighted
 
 
 @dataclasses.dataclass(frozen=True)

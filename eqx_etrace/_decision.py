@@ -15,6 +15,7 @@ class Kind(enum.Enum):
     ACROSS_GROUPS = "credit across hidden groups"
     MULTI_STEP = "multi-step VJP"
     WARNING = "approximation chosen by the user"
+    REWRITTEN = "read in another form"
     BY_AD = "no closed form: Jacobian by automatic differentiation"
 
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Shaped
 
-from ._canonicalise import canonicalise, refuse
+from ._canonicalise import canonicalise
 from ._credit import Analysis, decide, find_bypasses, unrelated_uses
 from ._decision import Decision, Kind
 from ._errors import CompileError, sentence
 from ._group import HiddenGroup, make_group
+from ._hidden import Hidden, find_hidden, params_of
 from ._jaxpr import Equation, Origin, Program, describe_equation, live
 from ._locality import Locality, find_locality
 from ._reads import Reads
@@ -30,13 +31,12 @@ from ._relation import (
     Use,
     find_uses,
     make_relation,
-    params_of,
     related_groups,
 )
 from ._report import Report, explain, report
 from ._rules import DRTRL, LocalRule
 from ._stage import Frozen, Leaves, Staged, stage
-from ._units import Hidden, Units, find_hidden, find_units, influence
+from ._units import Units, find_units
 
 
 Vjp = Literal["auto", "single-step", "multi-step"]
@@ -169,17 +169,6 @@ def _nothing_hidden(staged: Staged) -> str:
     )
 
 
-def _credit_equations(program: Program, hidden: Hidden) -> list[Equation]:
-    """The equations of the body that a weight or the hidden state passes through."""
-    weights = {r for r, o in enumerate(program.origins) if o is Origin.WEIGHT}
-    reached = influence(program, weights | set(hidden.old))
-    return [
-        equation
-        for equation in _body(program)
-        if equation.differentiable and reached.intersection(equation.values)
-    ]
-
-
 def _refuse_complex(program: Program, staged: Staged, hidden: Hidden) -> None:
     """Derivatives by complex numbers have another meaning, not another dtype."""
     named = dict(zip(program.inputs, staged.params.paths, strict=False))
@@ -260,7 +249,7 @@ def _decide_vjp(vjp: str, bypasses: list[Decision]) -> tuple[str, list[Decision]
     return vjp, bypasses
 
 
-def _check_arguments(rule: Any, vjp: Any, max_slots: Any) -> None:
+def _check_arguments(rule: Any, vjp: Any, max_unroll: Any, max_slots: Any) -> None:
     if not isinstance(rule, LocalRule):
         raise TypeError(
             f"rule: got {rule!r}, expected a learning rule such as DRTRL(). Pass an "
@@ -270,6 +259,11 @@ def _check_arguments(rule: Any, vjp: Any, max_slots: Any) -> None:
         raise ValueError(
             f"vjp: got {vjp!r}, expected 'auto', 'single-step' or 'multi-step'. Leave "
             "it out to let the compiler decide."
+        )
+    if not isinstance(max_unroll, int) or max_unroll < 0:
+        raise ValueError(
+            f"max_unroll: got {max_unroll!r}, expected an integer of at least 0. "
+            "Compile time grows with it; 64 is enough for most loops inside a step."
         )
     if not isinstance(max_slots, int) or not 1 <= max_slots <= 62:
         raise ValueError(
@@ -312,8 +306,8 @@ def compile(
     - `vjp`: `"single-step"` (learning signal times trace), `"multi-step"` (ordinary
       gradient of the step plus the trace at its start), or `"auto"`: single-step where
       the new state is the only way out of the step, multi-step otherwise.
-    - `max_unroll`: reserved for loops inside a step; those that a weight or the hidden
-      state passes through are refused so far.
+    - `max_unroll`: the longest `jax.lax.scan` inside the step that is unrolled where a
+      weight or the hidden state passes through.
     - `max_slots`: how many state variables a unit may have.
 
     **Returns:** a frozen `ETraceGraph`.
@@ -330,12 +324,10 @@ def compile(
         print(graph.report())
         ```
     """
-    del max_unroll
-    _check_arguments(rule, vjp, max_slots)
+    _check_arguments(rule, vjp, max_unroll, max_slots)
     staged = stage(model, state, x, call=call, trainable=trainable, batched=batched)
-    program, values = canonicalise(staged)
+    program, values, rewritten = canonicalise(staged, max_unroll)
     hidden = _find_hidden(program, staged)
-    refuse(_credit_equations(program, hidden))
     reads = Reads(program, dict(zip(program.constants, values, strict=True)))
     units = find_units(program, hidden, reads, max_slots)
     locality = find_locality(program, hidden, units, reads)
@@ -369,7 +361,7 @@ def compile(
         relations,
         rule,
         chosen,
-        (*decide(analysis), *bypasses),
+        (*decide(analysis), *rewritten, *bypasses),
     )
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
+from ._hidden import Hidden
 from ._jaxpr import Equation, Program, evaluate
 from ._locality import Edge, Locality, flow, slot_matrix
-from ._units import Hidden, Units
+from ._units import Units
 
 
 class HiddenGroup(eqx.Module):

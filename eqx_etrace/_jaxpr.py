@@ -1,7 +1,8 @@
-"""The only file that knows JAX's intermediate representation.
+"""What a step is for the compiler, and the only words about JAX's primitives.
 
-A closed jaxpr is flattened once into a `Program`: a list of equations over integers,
-in order, without nested calls. Everything after this file reads programs.
+A closed jaxpr is flattened (`_flatten`) into a `Program`: a list of equations over
+integers, in order, without nested calls. Everything after reads programs. No file but
+these two knows JAX's intermediate representation.
 
 Invariants of a program:
 
@@ -19,14 +20,12 @@ for all that read it later (a perturbation is an addition there).
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
 from jax.extend.core import primitives as prims
 
 
@@ -74,7 +73,7 @@ COMBINING = _present(
 )
 CUSTOM = frozenset({prims.custom_jvp_call_p, prims.custom_vjp_call_p})
 INLINE = frozenset({prims.jit_p, prims.remat_p, prims.closed_call_p, prims.call_p})
-CONTROL_FLOW = frozenset({prims.cond_p, prims.scan_p, prims.while_p})
+COND, SCAN, WHILE = prims.cond_p, prims.scan_p, prims.while_p
 STOP_GRADIENT = prims.stop_gradient_p
 DOT_GENERAL = prims.dot_general_p
 SCATTER_ADD = prims.scatter_add_p
@@ -160,163 +159,19 @@ class Program:
 
 def aval_of(avals: tuple[Aval, ...], ref: Ref) -> Aval:
     """Shape and dtype of what an equation reads, literals included."""
-    return avals[ref] if isinstance(ref, int) else _aval(ref.aval)
+    return avals[ref] if isinstance(ref, int) else to_aval(ref.aval)
 
 
-# -- from a jaxpr to a program ---------------------------------------------------------
+# -- reading jaxprs ------------------------------------------------------------------
 
 
-def _aval(aval: Any) -> Aval:
+def to_aval(aval: Any) -> Aval:
     return Aval(tuple(aval.shape), aval.dtype)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """Jaxpr and constants, whether the version at hand keeps them together or apart."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
-
-
-def _source(eqn: Any) -> str:
-    text = source_info_util.summarize(eqn.source_info)
-    path, colon, rest = text.partition(":")
-    return f"{Path(path).name}{colon}{rest}"
-
-
-class _Builder:
-    """Collects equations while a jaxpr is flattened; lives for one `flatten` only."""
-
-    def __init__(self, expand: Callable[[Equation], Any | None]):
-        self.expand = expand
-        self.avals: list[Aval] = []
-        self.equations: list[Equation] = []
-        self.constants: list[int] = []
-        self.constant_values: list[Any] = []
-
-    def new(self, aval: Any) -> int:
-        self.avals.append(_aval(aval))
-        return len(self.avals) - 1
-
-    def constant(self, value: Any) -> int:
-        self.constants.append(self.new(jax.typeof(value)))
-        self.constant_values.append(value)
-        return self.constants[-1]
-
-    def splice(self, jaxpr: Any, args: Iterable[Ref]) -> list[Ref]:
-        """Append the equations of `jaxpr`, reading `args`; returns its outputs."""
-        inner, consts = open_jaxpr(jaxpr)
-        env: dict[Any, Ref] = {}
-        for var, value in zip(inner.constvars, consts, strict=True):
-            env[var] = self.constant(value)
-        env.update(zip(inner.invars, args, strict=True))
-
-        def read(atom: Any) -> Ref:
-            return atom if isinstance(atom, jex_core.Literal) else env[atom]
-
-        for eqn in inner.eqns:
-            inputs = tuple(read(atom) for atom in eqn.invars)
-            results = self.append(eqn, inputs, _source(eqn))
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in inner.outvars]
-
-    def append(self, eqn: Any, inputs: tuple[Ref, ...], source: str) -> list[Ref]:
-        candidate = Equation(
-            -1, eqn.primitive, eqn.params, inputs, (), source, bool(eqn.effects)
-        )
-        body = self.expand(candidate)
-        if body is not None:
-            return self.splice(body, inputs)
-        return self.emit(candidate, [var.aval for var in eqn.outvars])
-
-    def emit(self, equation: Equation, avals: list[Any]) -> list[Ref]:
-        outputs = tuple(self.new(aval) for aval in avals)
-        index = len(self.equations)
-        self.equations.append(
-            dataclasses.replace(equation, index=index, outputs=outputs)
-        )
-        return list(outputs)
-
-    def copy(self, ref: Ref) -> int:
-        aval = self.avals[ref] if isinstance(ref, int) else ref.aval
-        equation = Equation(-1, prims.copy_p, {}, (ref,), (), "")
-        return self.emit(equation, [aval])[0]
-
-
-def flatten(
-    closed: Any,
-    expand: Callable[[Equation], Any | None],
-    *,
-    params: int,
-    states: int,
-) -> tuple[Program, list[Any]]:
-    """Flatten a closed jaxpr of one step; returns it and its constants' values.
-
-    The first `params` inputs are the parameters, the first `states` outputs the new
-    state. Each output is data written by an equation, and each new state leaf has a
-    value of its own, so that perturbing one of them has one meaning. `expand` gives
-    the body of an equation that is to be spliced in, or None. Equations that depend on
-    nothing are evaluated here.
-    """
-    builder = _Builder(expand)
-    inner, _ = open_jaxpr(closed)
-    inputs = tuple(builder.new(var.aval) for var in inner.invars)
-    results = builder.splice(closed, inputs)
-    origin = dict.fromkeys(inputs[:params], Origin.WEIGHT)
-    origin.update(dict.fromkeys(inputs[params:], Origin.DATA))
-    origin.update(dict.fromkeys(builder.constants, Origin.CONSTANT))
-    for equation in builder.equations:
-        read = [origin[ref] for ref in equation.values]
-        made = max(read, key=lambda o: o.value, default=Origin.CONSTANT)
-        for ref in equation.outputs:
-            trained = equation.differentiable and builder.avals[ref].inexact
-            lost = made is Origin.WEIGHT and not trained
-            origin[ref] = Origin.PREPARED if lost else made
-    outputs: list[int] = []
-    for position, ref in enumerate(results):
-        data = isinstance(ref, int) and origin[ref] is Origin.DATA
-        if not data or ref in inputs or (position < states and ref in outputs):
-            ref = builder.copy(ref)
-            origin[ref] = Origin.DATA
-        outputs.append(ref)
-    origins = tuple(origin[ref] for ref in range(len(builder.avals)))
-    equations = live(builder.equations, outputs)
-    known = dict(zip(builder.constants, builder.constant_values, strict=True))
-    equations, known = _fold(equations, origins, known)
-    program = Program(
-        avals=tuple(builder.avals),
-        origins=origins,
-        equations=tuple(
-            dataclasses.replace(equation, index=index)
-            for index, equation in enumerate(equations)
-        ),
-        constants=tuple(known),
-        inputs=inputs,
-        outputs=tuple(outputs),
-    )
-    return program, list(known.values())
-
-
-def _fold(
-    equations: list[Equation], origins: tuple[Origin, ...], known: dict[int, Any]
-) -> tuple[list[Equation], dict[int, Any]]:
-    """Evaluate what depends on nothing; keep the constants that are still read."""
-
-    def constant(equation: Equation) -> bool:
-        fixed = all(origins[ref] is Origin.CONSTANT for ref in equation.outputs)
-        return fixed and bool(equation.outputs) and not equation.effectful
-
-    rest = [equation for equation in equations if not constant(equation)]
-    wanted = {ref for equation in rest for ref in equation.values}
-    wanted = [ref for ref in sorted(wanted) if origins[ref] is Origin.CONSTANT]
-    missing = [ref for ref in wanted if ref not in known]
-    if missing:
-        needed = live((eqn for eqn in equations if constant(eqn)), missing)
-        with jax.ensure_compile_time_eval():
-            values = jax.jit(lambda env: _pick(evaluate(needed, env), missing))(known)
-        known = known | dict(zip(missing, values, strict=True))
-    return rest, {ref: known[ref] for ref in wanted}
-
-
-def _pick(env: Mapping[int, Any], refs: Iterable[int]) -> list[Any]:
-    return [env[ref] for ref in refs]
 
 
 def live(equations: Iterable[Equation], targets: Iterable[int]) -> list[Equation]:
@@ -344,10 +199,11 @@ def is_higher_order(equation: Equation) -> bool:
 
 
 def _pointwise(inputs: Iterable[Any], outputs: Iterable[Any]) -> bool:
-    """Every input broadcasts, axis by axis or as a scalar, to the one output shape."""
-    shapes = {tuple(aval.shape) for aval in outputs}
+    """Every inexact input broadcasts, axis by axis or as a scalar, to the one shape of
+    the inexact outputs; what has no derivative may do as it likes."""
+    shapes = {tuple(aval.shape) for aval in outputs if _inexact(aval)}
     if len(shapes) != 1:
-        return False
+        return not shapes
     (shape,) = shapes
 
     def fits(small: tuple[int, ...]) -> bool:
@@ -355,15 +211,29 @@ def _pointwise(inputs: Iterable[Any], outputs: Iterable[Any]) -> bool:
             return False
         return all(n in (1, m) for n, m in zip(small, shape, strict=False))
 
-    return all(fits(tuple(aval.shape)) for aval in inputs)
+    return all(fits(tuple(aval.shape)) for aval in inputs if _inexact(aval))
+
+
+def _inexact(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _bodies(primitive: jex_core.Primitive, params: Mapping[str, Any]) -> Any | None:
+    """The jaxpr whose elements are those of the equation, if it has such a one."""
+    if primitive in INLINE | CUSTOM or primitive is SCAN:
+        return inner_jaxpr(params)
+    return params["body_jaxpr"] if primitive is WHILE else None
 
 
 def _elementwise_body(jaxpr: Any) -> bool:
     inner, _ = open_jaxpr(jaxpr)
     for eqn in inner.eqns:
         ins, outs = [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars]
-        if eqn.primitive in INLINE | CUSTOM:
-            if not _elementwise_body(inner_jaxpr(eqn.params)):
+        if not any(_inexact(aval) for aval in outs):
+            continue
+        body = _bodies(eqn.primitive, eqn.params)
+        if body is not None:
+            if not _elementwise_body(body):
                 return False
         elif eqn.primitive is prims.broadcast_in_dim_p:
             if ins[0].shape != () and ins[0].shape != outs[0].shape:
@@ -376,12 +246,14 @@ def _elementwise_body(jaxpr: Any) -> bool:
 
 
 def is_elementwise(equation: Equation, avals: tuple[Aval, ...]) -> bool:
-    """Whether output element i reads element i of each operand and nothing else."""
+    """Whether an inexact output element i reads, of what has a derivative, element i of
+    each operand and nothing else."""
     operands = [aval_of(avals, ref) for ref in equation.inputs]
     if not _pointwise(operands, [avals[ref] for ref in equation.outputs]):
         return False
-    if equation.primitive in CUSTOM:
-        return _elementwise_body(inner_jaxpr(equation.params))
+    body = _bodies(equation.primitive, equation.params)
+    if body is not None:
+        return _elementwise_body(body)
     return equation.primitive in ELEMENTWISE or not equation.differentiable
 
 

@@ -22,9 +22,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from ._custom_types import Labels
+from ._hidden import Hidden, weighted
 from ._jaxpr import Equation, Program
 from ._reads import NONE, SEVERAL, Mixing, Reads, merge, push, push_bits
-from ._units import Hidden, Units, weighted
+from ._units import Units
 
 
 Edge = tuple[int, int]

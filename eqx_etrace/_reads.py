@@ -8,7 +8,7 @@ shape (reads, *shape of o) and holds element numbers of the operand, or NONE:
 | elementwise | one: the element at the same place, after broadcasting |
 | structural | one: found by evaluating the equation on the element numbers themselves |
 | a reduction, a product with a constant | the elements along the contracted axes |
-| anything else | ALL: every output element may read every operand element |
+| anything else | every operand element, or ALL for more than a unit may have |
 
 `pull` moves labels forward along these reads, `push` moves them backward.
 """
@@ -44,6 +44,9 @@ ALL = None
 # A contraction that reads more than this many elements in total is not spelt out: no
 # unit is that large, and the array would be.
 _MOST_READS = 1 << 22
+
+
+_MOST_SLOTS = 64
 
 
 class Mixing(enum.Enum):
@@ -89,8 +92,11 @@ class Reads:
         operand = aval_of(self.program.avals, equation.inputs[k])
         if kind is Mixing.ELEMENTWISE:
             places = _places(operand.shape)
-            shapes = [self.program.avals[ref].shape for ref in equation.outputs]
-            return [np.broadcast_to(places, shape)[None] for shape in shapes]
+            outs = [self.program.avals[ref] for ref in equation.outputs]
+            return [
+                np.broadcast_to(places, out.shape)[None] if out.inexact else ALL
+                for out in outs
+            ]
         if kind is Mixing.STRUCTURAL:
             return [out[None] for out in self._moved(equation, k)]
         if equation.primitive in REDUCTIONS:
@@ -100,7 +106,8 @@ class Reads:
             return [self._contracted(equation, k)]
         if equation.primitive is SCATTER_ADD and k != 1:
             return [self._added(equation, k)]
-        return [ALL for _ in equation.outputs]
+        outs = [self.program.avals[ref] for ref in equation.outputs]
+        return [_all(operand.size, out.shape) for out in outs]
 
     def _moved(self, equation: Equation, k: int) -> list[Labels]:
         indices = index_positions(equation)
@@ -175,6 +182,14 @@ def _free(ndim: int, *taken: tuple[int, ...]) -> list[int]:
 def _places(shape: tuple[int, ...]) -> Labels:
     size = int(np.prod(shape, dtype=np.int64))
     return np.arange(size, dtype=np.int32).reshape(shape)
+
+
+def _all(size: int, shape: tuple[int, ...]) -> Labels:
+    """Every element, where these are few enough to be of one unit."""
+    if size > _MOST_SLOTS:
+        return ALL
+    places = np.arange(size, dtype=np.int32).reshape(size, *(1,) * len(shape))
+    return np.broadcast_to(places, (size, *shape))
 
 
 def _by_target(targets: Labels, shape: tuple[int, ...]) -> Labels:

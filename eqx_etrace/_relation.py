@@ -134,17 +134,6 @@ def find_uses(program: Program) -> list[Use]:
     return uses
 
 
-def params_of(program: Program, count: int) -> dict[int, frozenset[int]]:
-    """Per weight, the params that a derivative of it can reach."""
-    found = {ref: frozenset([i]) for i, ref in enumerate(program.inputs[:count])}
-    for equation in program.equations:
-        sources = frozenset().union(*(found.get(r, ()) for r in equation.values))
-        for ref in equation.outputs:
-            if program.origins[ref] is Origin.WEIGHT:
-                found[ref] = sources
-    return found
-
-
 def related_groups(use: Use, units: Units, locality: Locality) -> list[int]:
     """The groups that a use feeds in the local program."""
     feeds = locality.feeds.get(use.y)

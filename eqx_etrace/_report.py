@@ -102,6 +102,7 @@ def report(graph: "ETraceGraph") -> Report:
         *_list(f"Why {graph.vjp}", of_kind[Kind.MULTI_STEP]),
         *_list("Credit between units that is cut", of_kind[Kind.CUT]),
         *_list("Credit across hidden groups", of_kind[Kind.ACROSS_GROUPS]),
+        *_list("Read in another form", of_kind[Kind.REWRITTEN]),
         *_list("Without a closed form", of_kind[Kind.BY_AD]),
         *_list("Warnings", of_kind[Kind.WARNING]),
     ]

@@ -23,25 +23,9 @@ import numpy as np
 
 from ._custom_types import Labels
 from ._errors import CompileError
+from ._hidden import Hidden, weighted
 from ._jaxpr import SCATTER_ADD, Equation, Origin, Program
 from ._reads import ALL, NONE, SEVERAL, Mixing, Reads, pull
-
-
-@dataclasses.dataclass(frozen=True)
-class Hidden:
-    """The hidden leaves: where each enters and leaves the program."""
-
-    leaves: tuple[int, ...]
-    """Positions among the state leaves."""
-    old: tuple[int, ...]
-    doors: tuple[int, ...]
-    """The values of the new state: the doors that single-step credit goes through."""
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def offsets(self) -> Labels:
-        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes]
-        return np.cumsum([0, *sizes])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,36 +45,6 @@ class Units:
     """Per group, the hidden elements as (units, slots)."""
     carried: dict[int, Labels]
     """Per value, the unit whose old state each element carries, NONE or SEVERAL."""
-
-
-def find_hidden(
-    program: Program, old: tuple[int, ...], new: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Positions of the inexact state leaves that a weight influences, now or later."""
-    weights = {r for r, o in enumerate(program.origins) if o is Origin.WEIGHT}
-    hidden: tuple[int, ...] = ()
-    while True:
-        influenced = influence(program, weights | {old[i] for i in hidden})
-        found = tuple(i for i, ref in enumerate(new) if ref in influenced)
-        if found == hidden:
-            return hidden
-        hidden = found
-
-
-def influence(program: Program, sources: set[int]) -> set[int]:
-    """The inexact values that a derivative can reach from the sources."""
-    reached = set(sources)
-    for equation in program.equations:
-        if equation.differentiable and reached.intersection(equation.values):
-            reached.update(
-                ref for ref in equation.outputs if program.avals[ref].inexact
-            )
-    return reached
-
-
-def weighted(program: Program, equation: Equation) -> bool:
-    """Whether a trainable weight is among what the equation reads."""
-    return any(program.origins[ref] is Origin.WEIGHT for ref in equation.values)
 
 
 def _leading_to_doors(

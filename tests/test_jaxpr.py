@@ -8,7 +8,8 @@ import pytest
 from jax.extend.core import primitives as prims
 from models import spike
 
-from eqx_etrace._canonicalise import _expand
+from eqx_etrace._canonicalise import wrapped
+from eqx_etrace._flatten import flatten
 from eqx_etrace._jaxpr import (
     CUSTOM,
     ELEMENTWISE,
@@ -16,7 +17,6 @@ from eqx_etrace._jaxpr import (
     STRUCTURAL,
     Origin,
     evaluate,
-    flatten,
     is_elementwise,
     is_higher_order,
     live,
@@ -25,7 +25,7 @@ from eqx_etrace._jaxpr import (
 
 def _program(fun, *args, params=0, states=0):
     closed = jax.make_jaxpr(fun)(*args)
-    return flatten(closed, _expand, params=params, states=states)
+    return flatten(closed, wrapped, params=params, states=states)
 
 
 def _run(program, constants, *args):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_etrace._canonicalise import _expand
-from eqx_etrace._jaxpr import evaluate, flatten
+from eqx_etrace._canonicalise import wrapped
+from eqx_etrace._flatten import flatten
+from eqx_etrace._jaxpr import evaluate
 from eqx_etrace._op_rules import ByAD, Dense, Elementwise, by_ad, op_rule
 from eqx_etrace._relation import find_uses
 
@@ -104,7 +105,7 @@ def _use(name):
     keys = jax.random.split(jax.random.key(0))
     w = 0.2 + jax.random.uniform(keys[0], w_shape)
     x = 0.2 + jax.random.uniform(keys[1], x_shape)
-    program, constants = flatten(jax.make_jaxpr(fun)(w, x), _expand, params=1, states=0)
+    program, constants = flatten(jax.make_jaxpr(fun)(w, x), wrapped, params=1, states=0)
     env = dict(zip(program.constants, constants, strict=True))
     env.update(zip(program.inputs, (w, x), strict=True))
     env = evaluate(program.equations, env)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from models import spike
 
-from eqx_etrace._canonicalise import _expand
-from eqx_etrace._jaxpr import flatten
+from eqx_etrace._canonicalise import wrapped
+from eqx_etrace._flatten import flatten
 from eqx_etrace._reads import ALL, NONE, SEVERAL, Mixing, Reads, merge, pull, push
 
 
@@ -63,7 +63,7 @@ BOUND = {
 def _chain(fun, arrays):
     """Reads of the outputs by the inputs, through all equations of the function."""
     program, constants = flatten(
-        jax.make_jaxpr(fun)(*arrays), _expand, params=0, states=0
+        jax.make_jaxpr(fun)(*arrays), wrapped, params=0, states=0
     )
     reads = Reads(program, dict(zip(program.constants, constants, strict=True)))
     patterns = []
@@ -132,7 +132,7 @@ def test_gather_by_data_is_mixing():
         return x[i]
 
     closed = jax.make_jaxpr(fun)(jnp.ones(3), jnp.arange(2))
-    program, constants = flatten(closed, _expand, params=0, states=0)
+    program, constants = flatten(closed, wrapped, params=0, states=0)
     reads = Reads(program, dict(zip(program.constants, constants, strict=True)))
     kinds = {str(e.primitive): reads.kind(e) for e in program.equations}
     assert kinds["gather"] is Mixing.MIXING
