@@ -23,6 +23,7 @@ with zero. All of them read the same predicate, so nothing changes in value.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,9 @@ from ._hidden import credit_equations, find_hidden, influence, params_of
 from ._jaxpr import (
     COND,
     CUSTOM,
+    IMAG,
     INLINE,
+    REAL,
     SCAN,
     WHILE,
     Equation,
@@ -244,8 +247,11 @@ def canonicalise(
     **Raises:** `CompileError` for a call that credit passes through and that cannot be
     differentiated neuron by neuron.
     """
-    params, states = staged.params.count, staged.state.count
+    params, states = staged.params.count, staged.state.parts.count
     program, values = flatten(staged.closed, wrapped, params=params, states=states)
+    parts = _parts(program, states)
+    if parts:
+        program, values = rewrite(program, values, wrapped, states=states, parts=parts)
     decisions = []
     while True:
         old = program.inputs[params : params + states]
@@ -261,6 +267,18 @@ def canonicalise(
             decisions.append(Decision(Kind.REWRITTEN, how, *about))
         convert = functools.partial(_convert, chosen, max_unroll)
         program, values = rewrite(program, values, convert, states=states)
+
+
+def _parts(program: Program, states: int) -> dict[int, tuple[int, int]]:
+    """The complex values that are new state, and their parts, which are its doors."""
+    made = {ref: e for e in program.equations for ref in e.outputs}
+    doors = program.outputs[:states]
+    found = {}
+    for real, imag in itertools.pairwise(doors):
+        one, two = made[real], made[imag]
+        if one.primitive is REAL and two.primitive is IMAG and one.inputs == two.inputs:
+            found[one.inputs[0]] = real, imag
+    return found
 
 
 def _convert(
@@ -286,7 +304,9 @@ def _about(
     weights = frozenset().union(*(sources.get(ref, ()) for ref in read))
     state = (
         path
-        for path, ref in zip(staged.state.paths, program.inputs[first:], strict=False)
+        for path, ref in zip(
+            staged.state.parts.paths, program.inputs[first:], strict=False
+        )
         if read & influence(program, {ref})
     )
     paths = tuple(staged.params.paths[i] for i in sorted(weights))

@@ -193,9 +193,18 @@ def flatten(
 
 
 def rewrite(
-    program: Program, values: Sequence[Any], convert: Convert, *, states: int
+    program: Program,
+    values: Sequence[Any],
+    convert: Convert,
+    *,
+    states: int,
+    parts: Mapping[int, tuple[int, int]] | None = None,
 ) -> tuple[Program, list[Any]]:
-    """Read a program again with other conversions."""
+    """Read a program again with other conversions.
+
+    `parts` says of complex values which two values are their real and imaginary part:
+    whatever reads such a value is made to read it through its parts.
+    """
     builder = Builder(convert)
     env: dict[int, Ref] = {}
     for ref in program.inputs:
@@ -207,9 +216,19 @@ def rewrite(
         moved = tuple(env[r] if isinstance(r, int) else r for r in equation.inputs)
         avals = [program.avals[ref] for ref in equation.outputs]
         moved = dataclasses.replace(equation, inputs=moved)
+        if env.keys() >= set(equation.outputs):
+            continue  # a part, made already
         env.update(zip(equation.outputs, builder.append(moved, avals), strict=True))
+        for ref in set(equation.outputs).intersection(parts or ()):
+            *halves, env[ref] = builder.trace(_through_parts, env[ref])
+            env.update(zip((parts or {})[ref], halves, strict=True))
     results = [env[ref] for ref in program.outputs]
     return _finish(builder, inputs, results, states)
+
+
+def _through_parts(value: Any) -> list[Any]:
+    real, imag = jax.lax.real(value), jax.lax.imag(value)
+    return [real, imag, jax.lax.complex(real, imag)]
 
 
 def _finish(

@@ -20,10 +20,10 @@ from jaxtyping import Array, PyTree, Shaped
 from ._canonicalise import canonicalise
 from ._credit import Analysis, decide, find_bypasses, unrelated_uses
 from ._decision import Decision, Kind
-from ._errors import CompileError, sentence
+from ._errors import CompileError
 from ._group import HiddenGroup, make_group
 from ._hidden import Hidden, find_hidden, params_of
-from ._jaxpr import Equation, Origin, Program, describe_equation, live
+from ._jaxpr import Equation, Origin, Program, live
 from ._locality import Locality, find_locality
 from ._reads import Reads
 from ._relation import (
@@ -143,8 +143,8 @@ class ETraceGraph(eqx.Module):
 
 def _find_hidden(program: Program, staged: Staged) -> Hidden:
     first = staged.params.count
-    old = program.inputs[first : first + staged.state.count]
-    new = program.outputs[: staged.state.count]
+    old = program.inputs[first : first + staged.state.parts.count]
+    new = program.outputs[: staged.state.parts.count]
     leaves = find_hidden(program, old, new)
     leaves = tuple(i for i in leaves if program.avals[old[i]].size)
     if not leaves:
@@ -159,7 +159,7 @@ def _find_hidden(program: Program, staged: Staged) -> Hidden:
 
 def _nothing_hidden(staged: Staged) -> str:
     params = ", ".join(staged.params.paths) or "none"
-    state = ", ".join(staged.state.paths) or "none"
+    state = ", ".join(staged.state.parts.paths) or "none"
     return (
         "No trainable weight reaches the state: got the params "
         f"{params} and the state leaves {state}, expected at least one floating-point "
@@ -167,21 +167,6 @@ def _nothing_hidden(staged: Staged) -> str:
         "state, that `trainable` selects the recurrent weights, and that no "
         "stop_gradient or comparison without surrogate gradient lies between."
     )
-
-
-def _refuse_complex(program: Program, staged: Staged, hidden: Hidden) -> None:
-    """Derivatives by complex numbers have another meaning, not another dtype."""
-    named = dict(zip(program.inputs, staged.params.paths, strict=False))
-    paths = zip(hidden.old, hidden.leaves, strict=True)
-    named |= {ref: staged.state.paths[i] for ref, i in paths}
-    for use in find_uses(program):
-        named.setdefault(use.ref, f"a weight at {use.equation.source}")
-        named.setdefault(use.y, f"the result of {describe_equation(use.equation)}")
-    for ref, name in named.items():
-        if jnp.issubdtype(program.avals[ref].dtype, jnp.complexfloating):
-            remedy = "Keep real and imaginary parts as two real arrays."
-            got, expected = str(program.avals[ref]), "real numbers"
-            raise CompileError(sentence(name, got, expected, remedy))
 
 
 def _body(program: Program) -> tuple[Equation, ...]:
@@ -208,7 +193,13 @@ def _relate(
         ys = dict.fromkeys(use.y for use, n in pairs if n == number)
         groups.append(
             make_group(
-                program, hidden, units, locality, number, tuple(ys), staged.state.paths
+                program,
+                hidden,
+                units,
+                locality,
+                number,
+                tuple(ys),
+                staged.state.parts.paths,
             )
         )
     relations = [
@@ -331,7 +322,6 @@ def compile(
     reads = Reads(program, dict(zip(program.constants, values, strict=True)))
     units = find_units(program, hidden, reads, max_slots)
     locality = find_locality(program, hidden, units, reads)
-    _refuse_complex(program, staged, hidden)
     sources = params_of(program, staged.params.count)
     uses = find_uses(program)
     names = {
@@ -348,7 +338,7 @@ def compile(
         relations=relations,
         unrelated=unrelated_uses(uses, relations, names),
         param_paths=staged.params.paths,
-        state_paths=staged.state.paths,
+        state_paths=staged.state.parts.paths,
         out_paths=staged.out.paths,
     )
     chosen, bypasses = _decide_vjp(vjp, find_bypasses(analysis))

@@ -94,7 +94,7 @@ def run(
         for ref, change in zip(graph.hidden.doors, at_door, strict=True):
             tap[ref] = _add(change)
     env = evaluate(graph.body, env, edge=edge, tap=tap)
-    count = graph.state_leaves.count
+    count = graph.state_leaves.parts.count
     outputs = [env[ref] for ref in graph.program.outputs]
     return outputs[:count], outputs[count:], [env[ref] for ref in graph.saved]
 

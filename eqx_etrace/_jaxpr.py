@@ -73,6 +73,7 @@ COMBINING = _present(
 )
 CUSTOM = frozenset({prims.custom_jvp_call_p, prims.custom_vjp_call_p})
 INLINE = frozenset({prims.jit_p, prims.remat_p, prims.closed_call_p, prims.call_p})
+REAL, IMAG = prims.real_p, prims.imag_p
 COND, SCAN, WHILE = prims.cond_p, prims.scan_p, prims.while_p
 STOP_GRADIENT = prims.stop_gradient_p
 DOT_GENERAL = prims.dot_general_p

@@ -142,6 +142,13 @@ def related_groups(use: Use, units: Units, locality: Locality) -> list[int]:
     return sorted({int(group) for group in units.group[feeds[feeds >= 0]]})
 
 
+def _trace_dtype(state: Any, weight: Any) -> Any:
+    """That of the state; complex for a complex weight."""
+    if not jnp.issubdtype(weight, jnp.complexfloating):
+        return state
+    return jnp.dtype(jnp.complex128 if state == jnp.float64 else jnp.complex64)
+
+
 def make_relation(
     program: Program,
     use: Use,
@@ -171,7 +178,7 @@ def make_relation(
             break
         kept = more
     slots = tuple(slot for slot in group.order if slot in kept)
-    shape = program.avals[use.y].shape
+    shape, weight = program.avals[use.y].shape, program.avals[use.ref]
     return Relation(
         weight=names,
         group=number,
@@ -183,7 +190,7 @@ def make_relation(
         equation=use.equation,
         operand=use.operand,
         y=use.y,
-        trace_dtypes=tuple(group.dtypes[s] for s in slots),
-        weight_dtype=program.avals[use.ref].dtype,
+        trace_dtypes=tuple(_trace_dtype(group.dtypes[s], weight.dtype) for s in slots),
+        weight_dtype=weight.dtype,
         map=unit_map(positions, group.units, shape),
     )

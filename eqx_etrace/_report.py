@@ -117,6 +117,11 @@ def _check_path(what: str, path: str | None, paths: Sequence[str]) -> None:
         )
 
 
+def _names(path: str, paths: Sequence[str]) -> bool:
+    """Whether a leaf is among these, or its real or imaginary part is."""
+    return any(other in (path, f"{path}.real", f"{path}.imag") for other in paths)
+
+
 def explain(graph: "ETraceGraph", weight: str | None, state: str | None) -> Report:
     """The text of `graph.explain(...)`."""
     if weight is None and state is None:
@@ -125,12 +130,13 @@ def explain(graph: "ETraceGraph", weight: str | None, state: str | None) -> Repo
             "`graph.report()` for everything."
         )
     _check_path("weight", weight, graph.param_leaves.paths)
-    _check_path("state", state, graph.state_leaves.paths)
+    leaves = graph.state_leaves
+    _check_path("state", state, (*leaves.paths, *leaves.parts.paths))
     chosen = [
         decision
         for decision in graph.decisions
         if (weight is None or weight in decision.weight)
-        and (state is None or state in decision.state)
+        and (state is None or _names(state, decision.state))
     ]
     about = " and ".join(path for path in (weight, state) if path is not None)
     lines = [f"  - {d}" for d in chosen] or ["  - nothing was decided about this pair"]

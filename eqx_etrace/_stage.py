@@ -4,12 +4,14 @@ The step is traced once, on the shapes of one sample, as a flat function
 
     (params leaves, state leaves, x leaves) -> (new state leaves, output leaves)
 
-and every leaf keeps the key path that the user knows it by. What is wrong with the
-arguments of `compile` is said here, before or right after the user's step is traced.
+with two real leaves in place of a complex state leaf: its real and its imaginary part
+are two state variables of a unit. Every leaf keeps the key path that the user knows it
+by. What is wrong with the arguments of `compile` is said here, before or right after
+the user's step is traced.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -49,6 +51,35 @@ class Leaves:
                 raise ValueError(sentence(path, got, wanted, remedy))
         return leaves
 
+    @property
+    def parts(self) -> "Leaves":
+        """The same with two real leaves in place of a complex one."""
+        paths, specs = [], []
+        for path, spec in zip(self.paths, self.specs, strict=True):
+            if not _is_complex(spec):
+                paths.append(path)
+                specs.append(spec)
+                continue
+            real = jax.ShapeDtypeStruct(spec.shape, jnp.finfo(spec.dtype).dtype)
+            paths += [f"{path}.real", f"{path}.imag"]
+            specs += [real, real]
+        return Leaves(self.name, self.treedef, tuple(paths), tuple(specs))
+
+    def split(self, leaves: Sequence[Any]) -> list[Any]:
+        """The real parts of the leaves, in the order of `parts`."""
+        found = []
+        for leaf in leaves:
+            found += [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]
+        return found
+
+    def join(self, parts: Sequence[Any]) -> list[Any]:
+        """The inverse of `split`."""
+        rest = iter(parts)
+        return [
+            jax.lax.complex(next(rest), next(rest)) if _is_complex(spec) else next(rest)
+            for spec in self.specs
+        ]
+
     def _structure_message(self, tree: PyTree, remedy: str) -> str:
         got = dict(named_leaves(self.name, tree, keep_none=True))
         for path, spec in zip(self.paths, self.specs, strict=True):
@@ -63,6 +94,10 @@ class Leaves:
                 return sentence(path, describe(leaf), "nothing there", remedy)
         _, treedef = jtu.tree_flatten(tree)
         return sentence(self.name, str(treedef), str(self.treedef), remedy)
+
+
+def _is_complex(leaf: Any) -> bool:
+    return jnp.issubdtype(dtype_of(leaf), jnp.complexfloating)
 
 
 def named_leaves(
@@ -95,6 +130,7 @@ class Staged:
     closed: Any
     params: Leaves
     state: Leaves
+    """As the user knows it."""
     x: Leaves
     out: Leaves
     fixed: PyTree
@@ -193,7 +229,8 @@ def stage(
     }
     returned = []
 
-    def flat(*groups: list[Any]) -> list[Any]:
+    def flat(params: list[Any], parts: list[Any], x: list[Any]) -> list[Any]:
+        groups = (params, tables["state"].join(parts), x)
         trees = [
             jtu.tree_unflatten(table.treedef, leaves)
             for table, leaves in zip(tables.values(), groups, strict=True)
@@ -207,10 +244,11 @@ def stage(
             raise CompileError(sentence("the step's result", got, expected, remedy))
         out, new_state = result
         returned.append(jtu.tree_map(_spec, (out, new_state)))
-        return jtu.tree_leaves(new_state) + jtu.tree_leaves(out)
+        new_leaves = map(jnp.asarray, jtu.tree_leaves(new_state))
+        return tables["state"].split(list(new_leaves)) + jtu.tree_leaves(out)
 
-    specs = [list(table.specs) for table in tables.values()]
-    closed = jax.make_jaxpr(flat)(*specs)
+    specs = [tables["params"].specs, tables["state"].parts.specs, tables["x"].specs]
+    closed = jax.make_jaxpr(flat)(*map(list, specs))
     out, new_state = returned[-1]
     _check_new_state(tables["state"], new_state)
     return Staged(

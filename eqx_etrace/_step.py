@@ -110,7 +110,9 @@ def step(
     )
     return (
         jtu.tree_unflatten(graph.out_leaves.treedef, out),
-        jtu.tree_unflatten(graph.state_leaves.treedef, new_state),
+        jtu.tree_unflatten(
+            graph.state_leaves.treedef, graph.state_leaves.join(new_state)
+        ),
         new_trace,
     )
 
@@ -125,7 +127,7 @@ def _leaves(
     s = graph.state_leaves.flatten(state, batch, remedy)
     remedy = "Pass an input like the one the graph was compiled for, or compile again."
     i = graph.x_leaves.flatten(x, batch, remedy)
-    return _arrays(p), _arrays(s), _arrays(i)
+    return _arrays(p), graph.state_leaves.split(_arrays(s)), _arrays(i)
 
 
 def _arrays(leaves: list[Any]) -> list[Any]:
@@ -308,7 +310,7 @@ def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...
         _instantiate(cotangent)
         for cotangent, spec in zip(
             (*of_state, *of_out),
-            (*graph.state_leaves.specs, *graph.out_leaves.specs),
+            (*graph.state_leaves.parts.specs, *graph.out_leaves.specs),
             strict=True,
         )
         if _inexact(spec)

@@ -246,21 +246,6 @@ def test_what_is_stopped_is_no_weight():
     assert "no gradient at all" in str(graph.explain(weight="u"))
 
 
-@pytest.mark.parametrize("what", ["state", "weight"])
-def test_complex_numbers_are_refused(what):
-    def fun(m, x, h):
-        if what == "state":
-            h = 0.9j * h + m.w @ x
-        else:
-            h = 0.9 * h + jnp.real(jax.lax.complex(m.w, m.w) @ x)
-        return jnp.abs(h), h
-
-    dtype = jnp.complex128 if what == "state" else jnp.float64
-    with pytest.raises(etrace.CompileError, match="expected real numbers"):
-        with jax.numpy_dtype_promotion("standard"):
-            compiled(fun, jnp.zeros(N, dtype))
-
-
 def test_numbers_and_numpy_arrays_are_inputs_too():
     def fun(m, x, h):
         h = jnp.tanh(m.w @ x["drive"] + x["gain"] * (m.u @ h))

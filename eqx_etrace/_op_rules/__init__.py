@@ -1,7 +1,7 @@
 """Op rules, one family a file; `op_rule` finds the one for a use of a weight."""
 
 from .._jaxpr import Equation, Program
-from ._base import OpRule as OpRule
+from ._base import OpRule as OpRule, cast as cast, product as product
 from ._by_ad import ByAD as ByAD, by_ad
 from ._dense import Dense as Dense, dense
 from ._elementwise import Elementwise as Elementwise, elementwise

@@ -82,3 +82,21 @@ class OpRule(abc.ABC):
 def _sum_dtype(dtype: Any) -> Any:
     """Sums of 16-bit floats run in float32, as in XLA's own reductions."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """An array in the precision of a dtype; it stays real, or complex, as it is."""
+    array, real = jnp.asarray(array), jnp.finfo(dtype).dtype
+    if not jnp.iscomplexobj(array):
+        return array.astype(real)
+    return array.astype(jnp.complex128 if real == jnp.float64 else jnp.complex64)
+
+
+def product(one: Any, other: Any) -> Any:
+    """A product of arrays of one precision, of which one may be complex."""
+    if jnp.iscomplexobj(one) != jnp.iscomplexobj(other):
+        one, other = (
+            a if jnp.iscomplexobj(a) else jax.lax.complex(a, jnp.zeros_like(a))
+            for a in (one, other)
+        )
+    return one * other

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .._jaxpr import Equation, Program, bind
-from ._base import OpRule
+from ._base import OpRule, cast, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,13 @@ class ByAD(OpRule):
             args[self.operand] = w
             return bind(self.equation, args)[self.output]
 
-        # Reverse mode: a custom_vjp has no other.
-        jacobian = jax.jacrev(y)(jnp.asarray(operands[self.operand]))
-        return self.expand(df) * jacobian.astype(df.dtype)
+        # Reverse mode, row by row of y: a custom_vjp has no other.
+        value, pull = jax.vjp(y, jnp.asarray(operands[self.operand]))
+        rows = jnp.eye(value.size, dtype=value.dtype).reshape(-1, *value.shape)
+        if jnp.iscomplexobj(value):
+            rows, df = rows * df[None].astype(value.dtype), jnp.ones_like(df.real)
+        jacobian = jax.vmap(pull)(rows)[0].reshape(self.trace_shape)
+        return product(self.expand(df), cast(jacobian, df.dtype))
 
 
 def by_ad(program: Program, equation: Equation, k: int, output: int) -> ByAD:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from .._jaxpr import DOT_GENERAL, Equation, Program
-from ._base import OpRule
+from ._base import OpRule, cast, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Dense(OpRule):
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
-        x = jnp.asarray(operands[self.x_operand]).astype(df.dtype)
-        return self.expand(df) * self._place(x, self.x_axes)
+        x = cast(operands[self.x_operand], df.dtype)
+        return product(self.expand(df), self._place(x, self.x_axes))
 
 
 def dense(program: Program, equation: Equation, k: int, output: int) -> Dense | None:

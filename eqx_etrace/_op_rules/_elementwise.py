@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .._jaxpr import CUSTOM, Equation, Program, bind, is_elementwise
-from ._base import OpRule
+from ._base import OpRule, cast, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Elementwise(OpRule):
             return bind(self.equation, args)[self.output]
 
         value, pull = jax.vjp(y, jnp.asarray(operands[self.operand]))
-        return df * pull(jnp.ones_like(value))[0].astype(df.dtype)
+        if jnp.iscomplexobj(value):
+            return cast(pull(df.astype(value.dtype))[0], df.dtype)
+        return product(df, cast(pull(jnp.ones_like(value))[0], df.dtype))
 
 
 def elementwise(

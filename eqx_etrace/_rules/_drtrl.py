@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from .._op_rules import cast, product
 from .._relation import Relation
 from ._base import LocalRule, RelationJacobian
 
@@ -61,14 +62,17 @@ class DRTRL(LocalRule):
                 # Where df is known to be one, XLA would simplify the influence, then
                 # compute it again inside every slot that reads this one, and copy the
                 # whole old trace to be able to.
-                direct = jax.lax.optimization_barrier(direct.astype(dtype))
-                terms.append(relation.op.influence(direct, jacobian.operands))
+                direct = jax.lax.optimization_barrier(cast(direct, dtype))
+                influence = relation.op.influence(direct, jacobian.operands)
+                # By a real weight, a complex y has a real influence on real slots.
+                real = not jnp.issubdtype(dtype, jnp.complexfloating)
+                terms.append(influence.real if real else influence.astype(dtype))
             for row, traces in ((jacobian.transition, old), (jacobian.within, new)):
                 for source, entries in traces.items():
                     factor = row[slot][source]
                     if factor is not None:
-                        factor = relation.expand(factor.astype(dtype))
-                        terms.append(factor * entries.astype(dtype))
+                        factor = relation.expand(cast(factor, dtype))
+                        terms.append(product(factor, entries.astype(dtype)))
             zero = jnp.zeros(relation.op.trace_shape, dtype)
             new[slot] = sum(terms[1:], terms[0]) if terms else zero
         return tuple(new.values())
