@@ -14,7 +14,13 @@ from ._decision import Decision, Kind
 from ._group import HiddenGroup
 from ._hidden import Hidden, weighted
 from ._jaxpr import Equation, Program, describe_equation
-from ._locality import Locality, bypass_of_state, bypass_of_use, flow
+from ._locality import (
+    Locality,
+    bypass_of_state,
+    bypass_of_use,
+    flow,
+    several_hops,
+)
 from ._op_rules import ByAD
 from ._reads import Mixing, Reads
 from ._relation import Relation, Use
@@ -81,7 +87,8 @@ def find_bypasses(a: Analysis) -> list[Decision]:
 
 def decide(a: Analysis) -> list[Decision]:
     """All decisions but those about bypasses."""
-    return [*_traces(a), *_without_trace(a), *_not_hidden(a), *_cuts(a), *_layers(a)]
+    found = (_traces, _without_trace, _not_hidden, _cuts, _dense, _layers)
+    return [decision for find in found for decision in find(a)]
 
 
 def _traces(a: Analysis) -> list[Decision]:
@@ -153,6 +160,24 @@ def _cuts(a: Analysis) -> list[Decision]:
             )
             found.append(Decision(Kind.CUT, reason, state=group.leaves))
     return list(dict.fromkeys(found))
+
+
+def _dense(a: Analysis) -> list[Decision]:
+    """The groups whose true diagonal block takes the whole Jacobian of the step."""
+    found = []
+    for group in a.groups:
+        if group.whole is not None:
+            size = group.units * group.slots
+            doors = frozenset(group.doors)
+            past = several_hops(a.program, a.locality, group.old, doors)
+            reason = (
+                f"scope='unit' forms the {size} x {size} Jacobian: more than "
+                "one product lies between the old state and the new one"
+            )
+            source = past.source if past is not None else ""
+            about = Decision(Kind.DENSE, reason, state=group.leaves, source=source)
+            found.append(about)
+    return found
 
 
 def _layers(a: Analysis) -> list[Decision]:

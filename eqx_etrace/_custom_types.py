@@ -1,6 +1,6 @@
 """Type aliases shared by all rooms."""
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Array, PyTree, Shaped
 
@@ -16,3 +16,6 @@ State: TypeAlias = PyTree
 
 Values: TypeAlias = tuple[Shaped[Array, "..."], ...]
 """A flat tuple of arrays of any shape and dtype."""
+
+Scope: TypeAlias = Literal["local", "unit"]
+"""How much of a recurrent product a rule keeps: nothing, or what stays in a unit."""

@@ -16,6 +16,7 @@ class Kind(enum.Enum):
     MULTI_STEP = "multi-step VJP"
     WARNING = "approximation chosen by the user"
     REWRITTEN = "read in another form"
+    DENSE = "dense Jacobian of the step"
     BY_AD = "no closed form: Jacobian by automatic differentiation"
 
 

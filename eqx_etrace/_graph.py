@@ -321,7 +321,7 @@ def compile(
     hidden = _find_hidden(program, staged)
     reads = Reads(program, dict(zip(program.constants, values, strict=True)))
     units = find_units(program, hidden, reads, max_slots)
-    locality = find_locality(program, hidden, units, reads)
+    locality = find_locality(program, hidden, units, reads, rule.scope)
     sources = params_of(program, staged.params.count)
     uses = find_uses(program)
     names = {

@@ -1,5 +1,6 @@
 """`HiddenGroup`: units with the same slots, and their own part of the local program."""
 
+import functools as ft
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from ._hidden import Hidden
 from ._jaxpr import Equation, Program, evaluate
-from ._locality import Edge, Locality, flow, slot_matrix
+from ._locality import Edge, Locality, flow, several_hops, slot_matrix
+from ._own import own_product
 from ._units import Units
 
 
@@ -62,6 +64,12 @@ class HiddenGroup(eqx.Module):
     cut: tuple[Edge, ...] = eqx.field(static=True)
     masked: tuple[Edge, ...] = eqx.field(static=True)
     masks: tuple[Bool[Array, "..."], ...]
+    own_products: tuple[tuple[Equation, int], ...] = eqx.field(static=True)
+    """The cut products of which the part within units is kept: `scope="unit"`."""
+    own_pairs: tuple[tuple[Int[Array, " pairs"], ...], ...]
+    whole: tuple[Equation, ...] | None = eqx.field(static=True)
+    """The equations from the old state to the new, nothing cut, where the true diagonal
+    block has to be taken from the dense Jacobian."""
 
     def read(
         self, leaves: Mapping[int, Shaped[Array, "..."]]
@@ -73,21 +81,29 @@ class HiddenGroup(eqx.Module):
             slots.append(flat if index is None else flat[index])
         return slots
 
+    def place(
+        self, slot: int, values: Shaped[Array, " units"], empty: Any = 0
+    ) -> list[Shaped[Array, "..."]]:
+        """A vector over units at the places of one slot, in the shapes of the own
+        leaves, and `empty` elsewhere."""
+        leaf, index = self.slot_leaf[slot], self.index[slot]
+        placed = []
+        for position in self.own:
+            shape = self.shapes[self.slot_leaf.index(position)]
+            if position == leaf and index is None:
+                placed.append(values.reshape(shape))
+                continue
+            flat = jnp.full(int(np.prod(shape, dtype=np.int64)), empty, values.dtype)
+            if position == leaf:
+                flat = flat.at[index].set(values)
+            placed.append(flat.reshape(shape))
+        return placed
+
     def seed(self, slot: int) -> list[Shaped[Array, "..."]]:
         """Ones on one slot and zeros elsewhere, in the shapes of the own leaves."""
-        leaf, index = self.slot_leaf[slot], self.index[slot]
-        seeds = []
-        for position in self.own:
-            first = self.slot_leaf.index(position)
-            shape, dtype = self.shapes[first], self.dtypes[first]
-            if position != leaf:
-                seeds.append(jnp.zeros(shape, dtype))
-            elif index is None:
-                seeds.append(jnp.ones(shape, dtype))
-            else:
-                flat = jnp.zeros(int(np.prod(shape, dtype=np.int64)), dtype)
-                seeds.append(flat.at[index].set(1).reshape(shape))
-        return seeds
+        ones = self.place(slot, jnp.ones(self.units, self.dtypes[slot]))
+        dtypes = [self.dtypes[self.slot_leaf.index(position)] for position in self.own]
+        return [a.astype(dtype) for a, dtype in zip(ones, dtypes, strict=True)]
 
     def local_step(
         self,
@@ -113,7 +129,25 @@ class HiddenGroup(eqx.Module):
             edge[key] = _masked_stop(mask)
         for key, door in self.at_doors:
             edge[key] = _read_door(at_door[door], edge.get(key))
-        env = evaluate(self.equations, start, edge=edge, tap=tap)
+        through = {
+            equation.index: ft.partial(own_product, equation, k, pairs)
+            for (equation, k), pairs in zip(
+                self.own_products, self.own_pairs, strict=True
+            )
+        }
+        env = evaluate(self.equations, start, edge=edge, tap=tap, through=through)
+        return [env[ref] for ref in self.doors]
+
+    def whole_step(
+        self, env: Mapping[int, Any], old: Sequence[Any], at_use: Sequence[Any]
+    ) -> list[Any]:
+        """The own leaves' new state, nothing cut; where `whole` is not None."""
+        tap = {ref: _add(change) for ref, change in zip(self.uses, at_use, strict=True)}
+        start = dict(env) | dict(zip(self.old, old, strict=True))
+        for ref in self.context:
+            if ref in tap:
+                start[ref] = tap[ref](start[ref])
+        env = evaluate(self.whole or (), start, tap=tap)
         return [env[ref] for ref in self.doors]
 
 
@@ -189,14 +223,22 @@ def make_group(
     old = tuple(hidden.old[leaf] for leaf in own)
     doors = tuple(hidden.doors[leaf] for leaf in own)
     start = [*old, *doors, *uses]
-    equations = local_equations(program, start, doors, locality.cuts)
-    made = {ref for equation in equations for ref in equation.outputs}
-    read = {ref for equation in equations for ref in equation.values} | set(doors)
+    equations = local_equations(program, start, doors, locality.closed)
+    far = locality.scope == "unit" and several_hops(
+        program, locality, old, frozenset(doors)
+    )
+    whole = local_equations(program, [*old, *uses], doors, {}) if far else None
     edges = [
         (edge, cut)
         for equation in equations
         for k in range(len(equation.inputs))
-        if (cut := locality.cuts.get(edge := (equation.index, k))) is not None
+        if (cut := locality.closed.get(edge := (equation.index, k))) is not None
+    ]
+    kept = [
+        ((equation, k), locality.own[edge])
+        for equation in equations
+        for k in range(len(equation.inputs))
+        if (edge := (equation.index, k)) in locality.own
     ]
     slot_door = [hidden.doors[leaf] for leaf in leaf_of]
     written = {r: e.index for e in program.equations for r in e.outputs}
@@ -205,7 +247,9 @@ def make_group(
         units=table.shape[0],
         slots=table.shape[1],
         leaves=tuple(str(paths[hidden.leaves[leaf]]) for leaf in leaf_of),
-        transition_matrix=slot_matrix(matrices["old"], table.shape[1]),
+        transition_matrix=_all_true(table.shape[1])
+        if far
+        else slot_matrix(matrices["old"], table.shape[1]),
         within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
         order=tuple(sorted(range(len(leaf_of)), key=lambda s: written[slot_door[s]])),
         silent=tuple(_is_silent(program, locality, ref, doors) for ref in slot_door),
@@ -218,7 +262,9 @@ def make_group(
         own=own,
         uses=tuple(uses),
         equations=equations,
-        context=tuple(sorted(read - made - set(old))),
+        context=tuple(
+            sorted(_read(equations, doors, old) | _read(whole or (), doors, old))
+        ),
         at_doors=tuple(
             ((equation.index, k), doors.index(ref))
             for equation in equations
@@ -228,7 +274,23 @@ def make_group(
         cut=tuple(edge for edge, cut in edges if _whole(cut)),
         masked=tuple(edge for edge, _ in partial),
         masks=tuple(_mask(program, edge, cut) for edge, cut in partial),
+        own_products=tuple(product for product, _ in kept),
+        own_pairs=tuple(pairs.arrays() for _, pairs in kept),
+        whole=whole,
     )
+
+
+def _read(
+    equations: Sequence[Equation], doors: Sequence[int], old: Sequence[int]
+) -> set[int]:
+    """What some equations, and the doors, read from elsewhere."""
+    made = {ref for equation in equations for ref in equation.outputs}
+    read = {ref for equation in equations for ref in equation.values}
+    return (read | set(doors)) - made - set(old)
+
+
+def _all_true(slots: int) -> tuple[tuple[bool, ...], ...]:
+    return ((True,) * slots,) * slots
 
 
 def _is_silent(

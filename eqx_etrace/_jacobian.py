@@ -129,8 +129,70 @@ def group_jacobian(
         row = group.read(dict(zip(group.own, of_door, strict=True)))
         within.append(_keep(row, group.within_matrix[slot]))
         direct.append(of_use)
+    if group.whole is not None:
+        transition, direct = _true_blocks(graph, group, env, old, at_use, within)
     per_use = tuple(zip(*direct, strict=True))
     return GroupJacobian(tuple(transition), tuple(within), per_use)
+
+
+def _true_blocks(
+    graph: ETraceGraph,
+    group: HiddenGroup,
+    env: Mapping[int, Any],
+    old: list[Any],
+    at_use: list[Any],
+    within: Sequence[Sequence[Any]],
+) -> tuple[list[Any], list[Any]]:
+    """D and df from the dense Jacobians of the step, nothing cut.
+
+    Their true blocks B count the paths within the step; the direct derivatives, which
+    the trace goes by, are (1 - L) B.
+    """
+    _, pull = jax.vjp(lambda *args: group.whole_step(env, *args), old, at_use)
+    units = jnp.arange(group.units)
+    maps = {relation.y: relation.map for relation in graph.relations}
+    places = [maps[ref].spread(units + 1) - 1 for ref in group.uses]
+    states, uses = [], []
+    for slot in range(group.slots):
+        ones, numbers = group.seed(slot), group.place(slot, units, empty=-1)
+
+        def row(unit: Any, ones: Any = ones, numbers: Any = numbers) -> Any:
+            seeds = [
+                jnp.where(number == unit, one, jnp.zeros_like(one))
+                for one, number in zip(ones, numbers, strict=True)
+            ]
+            of_old, of_use = pull(seeds)
+            slots = group.read(dict(zip(group.own, of_old, strict=True)))
+            own = (
+                jnp.where(place == unit, found, jnp.zeros_like(found))
+                for place, found in zip(places, of_use, strict=True)
+            )
+            return [column[unit] for column in slots], list(own)
+
+        of_old, of_use = jax.vmap(row)(units)
+        states.append(of_old)
+        uses.append([found.sum(0) for found in of_use])
+    spread = [maps[ref].spread for ref in group.uses]
+    keep = [lambda factor: factor] * group.slots
+    return _direct(states, within, keep), _direct(uses, within, spread)
+
+
+def _direct(
+    block: Sequence[Sequence[Any]], within: Sequence[Sequence[Any]], spread: Any
+) -> list[tuple[Any, ...]]:
+    """(1 - L) B, column by column; `spread` shapes L like each of the columns."""
+    return [
+        tuple(
+            entry - sum(put(factor) * row[i] for factor, row in _pairs(factors, block))
+            for i, (entry, put) in enumerate(zip(entries, spread, strict=True))
+        )
+        for entries, factors in zip(block, within, strict=True)
+    ]
+
+
+def _pairs(factors: Sequence[Any], rows: Sequence[Any]) -> list[tuple[Any, Any]]:
+    pairs = zip(factors, rows, strict=True)
+    return [(factor, row) for factor, row in pairs if factor is not None]
 
 
 def _keep(row: Sequence[Any], structure: Sequence[bool]) -> tuple[Any, ...]:

@@ -12,9 +12,10 @@ Invariants of a program:
   equation, because their rule is lost as soon as their body is inlined;
 - the source line of the user's code stays with each equation.
 
-`evaluate` is the one evaluator. Two hooks are all that a rewrite needs: `edge` changes
-what an equation reads (a cut is a `stop_gradient` there), `tap` changes what a value is
-for all that read it later (a perturbation is an addition there).
+`evaluate` is the one evaluator. Three hooks are all that a local program needs: `edge`
+changes what an equation reads (a cut is a `stop_gradient` there), `tap` changes what a
+value is for all that read it later (a perturbation is an addition there), `through`
+takes the place of an equation.
 """
 
 import dataclasses
@@ -300,6 +301,7 @@ def evaluate(
     *,
     edge: Mapping[tuple[int, int], Callable[[Any], Any]] | None = None,
     tap: Mapping[int, Callable[[Any], Any]] | None = None,
+    through: Mapping[int, Callable[[list[Any]], list[Any]]] | None = None,
 ) -> dict[int, Any]:
     """Run equations in order over `env`; returns all values, `env` included.
 
@@ -307,15 +309,18 @@ def evaluate(
 
     - `edge`: functions applied to what an equation reads, by (equation, operand).
     - `tap`: functions applied to a value where it is written, by its number.
+    - `through`: functions in place of equations, by their index.
     """
-    edge, tap, env = edge or {}, tap or {}, dict(env)
+    edge, tap, through, env = edge or {}, tap or {}, through or {}, dict(env)
     for equation in equations:
         args = []
         for k, ref in enumerate(equation.inputs):
             value = env[ref] if isinstance(ref, int) else literal(ref)
             change = edge.get((equation.index, k))
             args.append(value if change is None else change(value))
-        for ref, value in zip(equation.outputs, bind(equation, args), strict=True):
+        apply = through.get(equation.index)
+        values = bind(equation, args) if apply is None else apply(args)
+        for ref, value in zip(equation.outputs, values, strict=True):
             change = tap.get(ref)
             env[ref] = value if change is None else change(value)
     return env

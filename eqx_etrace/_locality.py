@@ -12,18 +12,22 @@ What is left sends every value to one unit only, so one reverse pass with ones o
 gives that slot's row of all units at once. Along with the labels go bits: which slots
 of its unit an element feeds. They tell which derivatives are structurally zero.
 
-`Doors` then checks whether the new state is the only way out (single-step) or some path
-bypasses it (multi-step).
+With `scope="unit"` what a product keeps within units is not lost with the cut (`_own`).
+
+`bypass_of_use` and `bypass_of_state` then check whether the new state is the only way
+out (single-step) or some path bypasses it (multi-step).
 """
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from ._custom_types import Labels
+from ._custom_types import Labels, Scope
 from ._hidden import Hidden, weighted
 from ._jaxpr import Equation, Program
+from ._own import OwnPairs, own_pairs
 from ._reads import NONE, SEVERAL, Mixing, Reads, merge, push, push_bits
 from ._units import Units
 
@@ -45,11 +49,23 @@ class Locality:
     """Per door, the slot that each element is, as a bit."""
     cuts: dict[Edge, Labels]
     """Per edge, the elements of the operand that are cut."""
+    own: dict[Edge, OwnPairs]
+    """Per cut edge, what of the product stays within units; for `scope="unit"`."""
+    scope: Scope
+
+    @property
+    def closed(self) -> dict[Edge, Labels]:
+        """The cuts of the edges that nothing passes in the local program."""
+        return {edge: cut for edge, cut in self.cuts.items() if edge not in self.own}
 
 
 class _Backward:
-    def __init__(self, program: Program, hidden: Hidden, units: Units, reads: Reads):
+    def __init__(
+        self, program: Program, hidden: Hidden, units: Units, reads: Reads, scope: str
+    ):
         self.program, self.units, self.reads = program, units, reads
+        self.scope = scope
+        self.own: dict[Edge, OwnPairs] = {}
         self.feeds: dict[int, Labels] = {}
         self.bits: dict[int, Labels] = {}
         self.cuts: dict[Edge, Labels] = {}
@@ -68,7 +84,8 @@ class _Backward:
                     self.through(equation, outputs)
         for ref in list(self.feeds):
             self.resolve(ref)
-        return Locality(self.feeds, self.bits, self.seeds, self.cuts)
+        found = (self.feeds, self.bits, self.seeds, self.cuts, self.own)
+        return Locality(*found, self.scope)
 
     def resolve(self, ref: int) -> tuple[Labels, Labels] | None:
         """Labels and bits of a value whose readers are all known.
@@ -98,6 +115,8 @@ class _Backward:
                 bits |= push_bits(found[1], array, size)
             if target is not None:
                 self.arrive((equation.index, k), ref, target, bits, product)
+            if target is not None and product and self.scope == "unit":
+                self.keep_own(equation, k, ref, outputs[0])
 
     def arrive(
         self, edge: Edge, ref: int, target: Labels, bits: Labels, product: bool
@@ -114,12 +133,27 @@ class _Backward:
         self.feeds[ref] = merge(self.feeds.get(ref), target)
         self.bits[ref] = self.bits.get(ref, 0) | bits
 
+    def keep_own(self, equation: Equation, k: int, ref: int, found: Any) -> None:
+        """The part of a product with a weight that stays within units."""
+        carried = self.units.carried.get(ref)
+        if carried is None or found is None or (equation.index, k) not in self.cuts:
+            return
+        pairs = own_pairs(self.program, equation, k, found[0], carried)
+        if pairs is None or not pairs.y.size:
+            return
+        self.own[equation.index, k] = pairs
+        target, bits = np.full(carried.size, NONE), np.zeros(carried.size, np.int64)
+        target[pairs.z] = carried[pairs.z]
+        np.bitwise_or.at(bits, pairs.z, found[1][pairs.y])
+        self.feeds[ref] = merge(self.feeds.get(ref), target)
+        self.bits[ref] = self.bits.get(ref, 0) | bits
+
 
 def find_locality(
-    program: Program, hidden: Hidden, units: Units, reads: Reads
+    program: Program, hidden: Hidden, units: Units, reads: Reads, scope: Scope
 ) -> Locality:
     """Send unit labels backward from the new state; see the head of this file."""
-    return _Backward(program, hidden, units, reads).run()
+    return _Backward(program, hidden, units, reads, scope).run()
 
 
 def slot_matrix(
@@ -202,3 +236,24 @@ def bypass_of_state(
     reached, _ = flow(program, old, blocked=own_doors)
     wanted = (set(program.outputs) | doors) - own_doors
     return next((ref for ref in program.outputs if ref in reached & wanted), None)
+
+
+def several_hops(
+    program: Program, locality: Locality, old: Iterable[int], doors: frozenset[int]
+) -> Equation | None:
+    """An equation past which the true diagonal block of a group is not the sum of what
+    the local program and its own products keep: None if one product is all there is
+    between the old state and the new."""
+    for index, k in flow(program, old, cuts=locality.cuts)[1]:
+        equation = program.equations[index]
+        beyond, met = flow(program, equation.outputs, cuts=locality.cuts)
+        full, _ = flow(program, equation.outputs)
+        if not full & doors:
+            continue
+        if (index, k) not in locality.own:
+            return equation
+        for other, _ in met:
+            leads, _ = flow(program, program.equations[other].outputs)
+            if leads & doors:
+                return program.equations[other]
+    return None

@@ -89,6 +89,7 @@ def report(graph: "ETraceGraph") -> Report:
     total = sum(relation.trace_bytes() for relation in graph.relations)
     batch = "unbatched" if graph.batch is None else f"batch {graph.batch}"
     rule = type(graph.rule).__name__
+    rule += "" if graph.rule.scope == "local" else f"(scope='{graph.rule.scope}')"
     of_kind = {kind: [d for d in graph.decisions if d.kind is kind] for kind in Kind}
     lines = [
         f"{rule}, {graph.vjp}, {batch}, trace {size((graph.batch or 1) * total)}",
@@ -103,6 +104,7 @@ def report(graph: "ETraceGraph") -> Report:
         *_list("Credit between units that is cut", of_kind[Kind.CUT]),
         *_list("Credit across hidden groups", of_kind[Kind.ACROSS_GROUPS]),
         *_list("Read in another form", of_kind[Kind.REWRITTEN]),
+        *_list("With the dense Jacobian of the step", of_kind[Kind.DENSE]),
         *_list("Without a closed form", of_kind[Kind.BY_AD]),
         *_list("Warnings", of_kind[Kind.WARNING]),
     ]

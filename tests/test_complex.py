@@ -183,7 +183,8 @@ def test_single_precision_and_the_dtypes_of_traces():
     graph = etrace.compile(model, state, XS[0].astype(jnp.float32))
     trace = etrace.init_trace(graph)
     dtypes = {
-        r.weight: {str(a.dtype) for a in t} for r, t in zip(graph.relations, trace)
+        r.weight: {str(a.dtype) for a in t}
+        for r, t in zip(graph.relations, trace, strict=True)
     }
     assert dtypes == {("complex_in",): {"complex64"}, ("nu", "theta"): {"complex64"}}
     _, new, trace = etrace.step(

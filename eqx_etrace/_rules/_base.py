@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, PyTree, Shaped
 
+from .._custom_types import Scope
 from .._relation import Relation
 
 
@@ -36,8 +37,11 @@ class LocalRule(eqx.Module):
     """A learning rule that works relation by relation.
 
     The step calls `init` once, `update` once per step and sample, and `gradient` once
-    per gradient with all samples of a batch.
+    per gradient with all samples of a batch. `scope` says how much of a recurrent
+    product the transition keeps: nothing (`"local"`) or what stays within a unit.
     """
+
+    scope: eqx.AbstractVar[Scope]
 
     @abstractmethod
     def init(self, relation: Relation) -> PyTree:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from .._custom_types import Scope
 from .._op_rules import cast, product
 from .._relation import Relation
 from ._base import LocalRule, RelationJacobian
@@ -27,6 +29,23 @@ class DRTRL(LocalRule):
     out is the credit through *other* units, that is, through the recurrent product;
     `graph.report()` lists it.
 
+    **Arguments:**
+
+    - `scope`: what the diagonal $D$ is. Three things go by this name:
+
+        - `"local"` (the default): the recurrent products are cut before the derivative
+          is taken, so $D$ is leak, gates and reset. This is the diagonal of D-RTRL and
+          of e-prop.
+        - `"unit"`: the block of the unit in the whole Jacobian of the step, the weight
+          $W_{ii}$ of a unit on itself included. This is SnAp-1 (Menick et al., *A
+          practical sparse approximation for real time recurrent learning*, ICLR 2021).
+          Where one product lies between the old state and the new, as in an RNN, LSTM
+          or LIF layer, it costs as much as `"local"`; otherwise the dense Jacobian is
+          formed at every step, and the report says so.
+        - the whole Jacobian, nothing cut: exact RTRL, which is no diagonal.
+
+        Neither diagonal is closer to the gradient of backpropagation on every model.
+
     Memory: batch x weight entries x slots. It needs no hyper-parameter.
 
     **Source:** Wang et al., *Model-agnostic linear-memory online learning in spiking
@@ -40,6 +59,15 @@ class DRTRL(LocalRule):
         graph = eqx_etrace.compile(net, state, x, rule=eqx_etrace.DRTRL())
         ```
     """
+
+    scope: Scope = eqx.field(static=True, default="local")
+
+    def __check_init__(self) -> None:
+        if self.scope not in ("local", "unit"):
+            raise ValueError(
+                f"scope: got {self.scope!r}, expected 'local' or 'unit'. Leave it out "
+                "for D-RTRL; 'unit' is SnAp-1."
+            )
 
     def init(self, relation: Relation) -> tuple[Shaped[Array, "..."], ...]:
         """Zeros in the layout of the relation, one array per slot."""
