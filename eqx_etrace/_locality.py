@@ -61,7 +61,7 @@ class Locality:
 
 class _Backward:
     def __init__(
-        self, program: Program, hidden: Hidden, units: Units, reads: Reads, scope: str
+        self, program: Program, hidden: Hidden, units: Units, reads: Reads, scope: Scope
     ):
         self.program, self.units, self.reads = program, units, reads
         self.scope = scope

@@ -47,7 +47,7 @@ def own_pairs(
         for i in (0, 1)
     ]
     of_z = np.unravel_index(z, shapes[k])
-    of_y = np.unravel_index(y, program.avals[equation.outputs[0]].shape)
+    of_y = list(np.unravel_index(y, program.avals[equation.outputs[0]].shape))
     lead = len(batch[0])
     left, right = of_y[lead:][: len(free[0])], of_y[lead:][len(free[0]) :]
     of_batch, of_free = of_y[:lead], (left, right)

@@ -35,7 +35,7 @@ class Step(eqx.Module):
         return jax.lax.stop_gradient(h) if self.cut else h
 
 
-def make(fun, cut=False):
+def make(fun: Any, cut: bool = False) -> Any:
     keys = jax.random.split(KEY, 3)
     return Step(
         0.3 * jax.random.normal(keys[0], (N, IN)),
