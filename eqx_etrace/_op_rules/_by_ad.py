@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from .._jaxpr import Equation, Program, bind
 from ._base import OpRule
+from ._use import OpUse
 
 
 @dataclasses.dataclass(frozen=True)
 class ByAD(OpRule):
     """Trace axes: the axes of y, then the axes of the weight."""
 
-    equation: Equation
-    operand: int
-    output: int
+    use: OpUse
 
     name: ClassVar[str] = "by AD"
 
@@ -32,18 +30,14 @@ class ByAD(OpRule):
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
         def y(w: Any) -> Any:
-            args = list(operands)
-            args[self.operand] = w
-            return bind(self.equation, args)[self.output]
+            return self.use.y_of(w, operands)
 
         # Reverse mode: a custom_vjp has no other.
-        jacobian = jax.jacrev(y)(jnp.asarray(operands[self.operand]))
+        jacobian = jax.jacrev(y)(jnp.asarray(operands[self.use.operand]))
         return self.expand(df) * jacobian.astype(df.dtype)
 
 
-def by_ad(program: Program, equation: Equation, k: int, output: int) -> ByAD:
+def by_ad(use: OpUse) -> ByAD:
     """The default rule, for any operand of any differentiable equation."""
-    y_shape = program.avals[equation.outputs[output]].shape
-    w_shape = program.avals[equation.inputs[k]].shape
-    summed = tuple(range(len(y_shape)))
-    return ByAD(y_shape + w_shape, w_shape, summed, equation, k, output)
+    y_shape, w_shape = use.y.shape, use.weight.shape
+    return ByAD(y_shape + w_shape, w_shape, tuple(range(len(y_shape))), use)
