@@ -57,9 +57,16 @@ class Mixing(enum.Enum):
 class Reads:
     """The reads of the equations of one program; a cache that lives for a compile."""
 
-    def __init__(self, program: Program, constants: Mapping[int, Any]):
+    def __init__(
+        self,
+        program: Program,
+        constants: Mapping[int, Any],
+        elementwise: frozenset[Any] = frozenset(),
+    ):
         self.program = program
         self.constants = constants
+        self.elementwise = elementwise
+        """Primitives that are elementwise because the user says so."""
         self._kinds: dict[int, Mixing] = {}
         self._cache: dict[tuple[int, int], list[Labels]] = {}
 
@@ -70,7 +77,8 @@ class Reads:
     def kind(self, equation: Equation) -> Mixing:
         if equation.index not in self._kinds:
             kind = Mixing.MIXING
-            if is_elementwise(equation, self.program.avals):
+            own = equation.primitive in self.elementwise
+            if own or is_elementwise(equation, self.program.avals):
                 kind = Mixing.ELEMENTWISE
             elif is_structural(equation, self.known):
                 kind = Mixing.STRUCTURAL

@@ -83,7 +83,8 @@ def convolution(use: OpUse) -> Convolution | None:
         y_axes[axis] = target
     window = {
         "filter_shape": tuple(w_shape[axis] for axis in of_w[2:]),
-        "dimension_numbers": numbers,
+        # The kernel in the order of this shape, however the weight is stored.
+        "dimension_numbers": numbers._replace(rhs_spec=tuple(range(len(of_w)))),
     }
     for key in ("window_strides", "padding", "lhs_dilation", "rhs_dilation"):
         window[key] = params[key]

@@ -63,7 +63,9 @@ class Gather(OpRule):
             size, taken = self.weight_shape[axis], self.sizes[axis]
             start = self._start(indices, column, size - taken)
             start = place(start, self.index_axes, rank) if start.ndim else start
-            place_in_w = place(jnp.arange(size, dtype=start.dtype), (lead + axis,), rank)
+            place_in_w = place(
+                jnp.arange(size, dtype=start.dtype), (lead + axis,), rank
+            )
             # What is taken whole is taken from index zero, or out of bounds.
             picked &= start == (0 if taken == size else place_in_w)
         return picked
