@@ -78,8 +78,8 @@ class Gather(OpRule):
         if self.clip:
             last = min(last, int(jnp.iinfo(start.dtype).max))
             start = jnp.clip(start, 0, last)
-        # 8 bits may hold the indices and not the size of the axis.
-        return start.astype(jnp.promote_types(start.dtype, jnp.int32))
+        # Eight bits may hold the indices and not the size of the axis.
+        return start.astype(jnp.int32) if start.dtype.itemsize < 4 else start
 
 
 def gather(use: OpUse) -> Gather | None:
