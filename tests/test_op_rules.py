@@ -117,7 +117,9 @@ def use_of(fun, w, *data):
     env = dict(zip(program.constants, constants, strict=True))
     env.update(zip(program.inputs, (w, *data), strict=True))
     env = evaluate(program.equations, env)
-    use = next(use for use in find_uses(program) if use.ref == program.inputs[0])
+    uses = [use for use in find_uses(program) if use.ref == program.inputs[0]]
+    # Of several results the one that is returned, if it is returned as it is.
+    use = next((use for use in uses if use.y in program.outputs), uses[0])
     operands = tuple(
         env[ref] if isinstance(ref, int) else ref.val for ref in use.equation.inputs
     )

@@ -33,7 +33,10 @@ class Conv:
 def _draw(seed, spatial):
     """Small, valid, and with an output that is not empty."""
     rng = np.random.default_rng(seed)
-    pick = functools.partial(rng.integers, size=spatial)
+
+    def pick(low: int, high: int) -> np.ndarray:
+        return np.asarray(rng.integers(low, high, spatial))
+
     groups = int(rng.integers(1, 4)) if seed % 2 else 1
     per_group, outputs = int(rng.integers(1, 3)), groups * int(rng.integers(1, 3))
     size, kernel = pick(2, 6 - spatial), pick(1, 4)
@@ -45,9 +48,9 @@ def _draw(seed, spatial):
     low = np.maximum(low, missing - high)
     x_shape = [int(rng.integers(1, 3)), groups * per_group, *size]
     w_shape = [outputs, per_group, *kernel]
-    orders = [tuple(rng.permutation(spatial + 2).tolist()) for _ in range(3)]
+    of_x, of_w, of_y = (tuple(rng.permutation(spatial + 2).tolist()) for _ in "xwy")
     shapes = []
-    for shape, order in zip((x_shape, w_shape), orders, strict=False):
+    for shape, order in ((x_shape, of_x), (w_shape, of_w)):
         put = dict(zip(order, shape, strict=True))
         shapes.append(tuple(int(put[axis]) for axis in range(spatial + 2)))
     params = {
@@ -56,7 +59,7 @@ def _draw(seed, spatial):
         "lhs_dilation": tuple(lhs_dilation.tolist()),
         "rhs_dilation": tuple(rhs_dilation.tolist()),
         "feature_group_count": groups,
-        "dimension_numbers": ConvDimensionNumbers(*orders),
+        "dimension_numbers": ConvDimensionNumbers(of_x, of_w, of_y),
     }
     return Conv(*shapes, params)
 
@@ -67,7 +70,7 @@ def _random_use(conv):
     return use_of(conv, w, jax.random.normal(keys[1], conv.x_shape))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_a_random_convolution_equals_the_default(spatial, seed):
     rule, default, operands, shape = _random_use(_draw(seed, spatial))
@@ -78,7 +81,7 @@ def test_a_random_convolution_equals_the_default(spatial, seed):
 
 
 def test_the_draws_cover_what_they_should():
-    draws = [_draw(seed, spatial).params for seed in range(8) for spatial in (1, 2, 3)]
+    draws = [_draw(seed, spatial).params for seed in range(5) for spatial in (1, 2, 3)]
     for key in ("window_strides", "lhs_dilation", "rhs_dilation"):
         assert any(max(p[key]) > 1 for p in draws), key
     assert any(p["feature_group_count"] > 1 for p in draws)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -179,7 +180,7 @@ def test_a_rule_that_expands_wrongly_is_refused(page):
 
 def test_a_builder_that_returns_something_else_is_refused(page):
     model, state, xs, _ = _problem(page)
-    own = {page["circulant_p"]: lambda use: "elementwise"}
+    own: Any = {page["circulant_p"]: lambda use: "elementwise"}
     with pytest.raises(TypeError, match="expected an `OpRule` or None"):
         etrace.compile(model, state, xs[0], op_rules=own)
 
