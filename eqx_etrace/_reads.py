@@ -8,6 +8,7 @@ shape (reads, *shape of o) and holds element numbers of the operand, or NONE:
 | elementwise | one: the element at the same place, after broadcasting |
 | structural | one: found by evaluating the equation on the element numbers themselves |
 | a reduction, a product with a constant | the elements along the contracted axes |
+| pooling | the elements in the window |
 | anything else | ALL: every output element may read every operand element |
 
 `pull` moves labels forward along these reads, `push` moves them backward.
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as prims
 
 from ._custom_types import Labels
 from ._jaxpr import (
@@ -36,6 +38,7 @@ from ._jaxpr import (
     is_structural,
     literal,
 )
+from ._windows import window_reads
 
 
 NONE = -1
@@ -44,6 +47,9 @@ ALL = None
 # A contraction that reads more than this many elements in total is not spelt out: no
 # unit is that large, and the array would be.
 _MOST_READS = 1 << 22
+WINDOWED = frozenset(
+    {prims.reduce_window_sum_p, prims.reduce_window_max_p, prims.reduce_window_min_p}
+)
 
 
 class Mixing(enum.Enum):
@@ -104,6 +110,8 @@ class Reads:
         if equation.primitive in REDUCTIONS:
             axes = equation.params["axes"]
             return [_to_front(_places(operand.shape), axes)]
+        if equation.primitive in WINDOWED:
+            return [self._windowed(equation, operand)]
         if equation.primitive is DOT_GENERAL:
             return [self._contracted(equation, k)]
         if equation.primitive is SCATTER_ADD and k != 1:
@@ -124,6 +132,12 @@ class Reads:
         with jax.ensure_compile_time_eval():
             outs = [np.asarray(out) for out in bind(equation, args)]
         return [np.where(out < 0, NONE, out) for out in outs]
+
+    def _windowed(self, equation: Equation, operand: Any) -> Labels:
+        window = int(np.prod(equation.params["window_dimensions"], dtype=np.int64))
+        if window * self.program.avals[equation.outputs[0]].size > _MOST_READS:
+            return ALL
+        return window_reads(_places(operand.shape), equation.params)
 
     def _added(self, equation: Equation, k: int) -> Labels:
         """x.at[constant indices].add(updates): x in place, updates where they land."""

@@ -125,7 +125,7 @@ def test_dtype_of_the_trace_is_that_of_df(dtype):
 def test_sums_of_16_bit_traces_do_not_stall():
     """600 ones stall at 256 when they are added up in bfloat16."""
     rule, _, operands, shape = use_of(
-        lambda w, x: jax.lax.conv(w, x, (1,), [(599, 599)]),
+        lambda w, x: jax.lax.conv_general_dilated(w, x, (1,), [(599, 599)]),
         jnp.ones((1, 1, 1), jnp.bfloat16),
         jnp.ones((1, 1, 600), jnp.bfloat16),
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core.primitives import reduce_window_sum_p
 from jax.lax import ConvDimensionNumbers
 from oracles import assert_same_gradient, bptt, one_step, online, quick_jit
 from test_op_rules import check_batch, check_gradient, use_of
@@ -16,6 +17,7 @@ from test_op_rules import check_batch, check_gradient, use_of
 import eqx_etrace as etrace
 from eqx_etrace import Kind
 from eqx_etrace._op_rules import ByAD, Convolution
+from eqx_etrace._windows import window_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,3 +275,55 @@ def test_a_fixed_kernel_over_the_state_is_cut():
     got = _online(graph, Smoothed(conv), state, xs, ts)
     expected = bptt(Smoothed(conv, cut=True), state, xs, ts)
     assert_same_gradient(got, expected)
+
+
+POOLS = {
+    "mean": eqx.nn.AvgPool2d(2, 2),
+    "mean, padded": eqx.nn.AvgPool2d(2, 2, padding=1),
+    "maximum": eqx.nn.MaxPool2d((2, 1), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pooling_between_convolution_and_units_keeps_the_credit(name):
+    """Each place of the convolution falls into one window, and so feeds one unit."""
+    conv = eqx.nn.Conv2d(2, 2, 3, padding=1, key=KEY)
+    model = Pooled(conv, POOLS[name])
+    out_shape = jax.eval_shape(lambda x: model.pool(conv(x)), jnp.zeros((2, 4, 4)))  # pyright: ignore
+    _check_local(model, (2, 4, 4), out_shape.shape)
+
+
+def test_windows_that_overlap_mix():
+    """A place that feeds two units has no unit of its own: its credit is that of the
+    current step, and the form of the step that gives it is chosen."""
+    conv = eqx.nn.Conv2d(2, 2, 3, padding=1, key=KEY)
+    model = Pooled(conv, eqx.nn.AvgPool2d(2, 1))
+    state, xs, ts = _sequence((2, 3, 3), (2, 2, 2), steps=1)
+    graph = etrace.compile(model, state, xs[0])
+    assert graph.vjp == "multi-step"
+    assert "moves other units, too, through `reduce_window_sum`" in graph.report()
+    got = _online(graph, model, state, xs, ts)
+    assert_same_gradient(got, one_step(model, state, xs[0], ts[0]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reads_of_a_window_are_those_of_its_derivative(seed):
+    rng = np.random.default_rng(seed)
+    shape = (3, 5)
+    low, high = rng.integers(-1, 3, (2, 2)).tolist()
+    params = {
+        "window_dimensions": tuple(rng.integers(1, 4, 2).tolist()),
+        "window_strides": tuple(rng.integers(1, 3, 2).tolist()),
+        "padding": tuple(zip(low, high, strict=True)),
+        "base_dilation": tuple(rng.integers(1, 3, 2).tolist()),
+        "window_dilation": tuple(rng.integers(1, 3, 2).tolist()),
+    }
+    reads = window_reads(np.arange(15).reshape(shape), params)
+    jacobian = jax.jacobian(
+        lambda x: reduce_window_sum_p.bind(x, **params).reshape(-1)
+    )(jnp.zeros(shape))
+    got = np.zeros((reads[0].size, 15))
+    for row in reads.reshape(len(reads), -1):
+        got[np.flatnonzero(row >= 0), row[row >= 0]] += 1
+    assert got.size > 0
+    np.testing.assert_array_equal(got, jacobian.reshape(got.shape))
