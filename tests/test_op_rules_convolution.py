@@ -63,7 +63,7 @@ def _draw(seed, spatial):
         "feature_group_count": groups,
         "dimension_numbers": ConvDimensionNumbers(of_x, of_w, of_y),
     }
-    return Conv(*shapes, params)
+    return Conv(shapes[0], shapes[1], params)
 
 
 def _random_use(conv):

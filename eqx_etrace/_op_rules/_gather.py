@@ -63,11 +63,9 @@ class Gather(OpRule):
             size, taken = self.weight_shape[axis], self.sizes[axis]
             start = self._start(indices, column, size - taken)
             start = place(start, self.index_axes, rank) if start.ndim else start
-            place_in_w = place(
-                jnp.arange(size, dtype=start.dtype), (lead + axis,), rank
-            )
-            # What is taken whole is taken from index zero, or out of bounds.
-            picked &= start == (0 if taken == size else place_in_w)
+            # What is taken whole is taken from index zero, or is out of bounds.
+            own = jnp.arange(1 if taken == size else size, dtype=start.dtype)
+            picked &= start == place(own, (lead + axis,), rank)
         return picked
 
     def _start(self, indices: tuple[Any, ...], column: int | None, last: int) -> Any:
