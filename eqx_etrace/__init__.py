@@ -4,6 +4,7 @@ from ._decision import Decision as Decision, Kind as Kind
 from ._errors import CompileError as CompileError
 from ._graph import ETraceGraph as ETraceGraph, compile as compile
 from ._group import HiddenGroup as HiddenGroup
+from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._relation import Relation as Relation
 from ._rules import DRTRL as DRTRL
 from ._step import init_trace as init_trace, step as step

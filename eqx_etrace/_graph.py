@@ -10,6 +10,7 @@ find_bypasses   whether the new state is the only way out
 """
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import equinox as eqx
@@ -25,6 +26,7 @@ from ._group import HiddenGroup, make_group
 from ._hidden import Hidden, find_hidden, params_of
 from ._jaxpr import Equation, Origin, Program, live
 from ._locality import Locality, find_locality
+from ._op_rules import OpRules, check_op_rules, own_elementwise
 from ._reads import Reads
 from ._relation import (
     Relation,
@@ -186,6 +188,7 @@ def _relate(
     staged: Staged,
     uses: Sequence[Use],
     names: dict[int, tuple[str, ...]],
+    op_rules: OpRules,
 ) -> tuple[tuple[HiddenGroup, ...], tuple[Relation, ...]]:
     pairs = [(use, n) for use in uses for n in related_groups(use, units, locality)]
     groups = []
@@ -203,7 +206,9 @@ def _relate(
             )
         )
     relations = [
-        make_relation(program, use, n, units, locality, groups[n], names[use.ref])
+        make_relation(
+            program, use, n, units, locality, groups[n], names[use.ref], op_rules
+        )
         for use, n in pairs
     ]
     if not relations:
@@ -275,6 +280,7 @@ def compile(
     vjp: Vjp = "auto",
     max_unroll: int = 64,
     max_slots: int = 16,
+    op_rules: OpRules = MappingProxyType({}),
 ) -> ETraceGraph:
     """Compile one time step of a model for online learning with eligibility traces.
 
@@ -300,10 +306,17 @@ def compile(
     - `max_unroll`: the longest `jax.lax.scan` inside the step that is unrolled where a
       weight or the hidden state passes through.
     - `max_slots`: how many state variables a unit may have.
+    - `op_rules`: what to do with own primitives, or with JAX's before the built-in op
+      rules see them. To each primitive it gives a function from an
+      `eqx_etrace.OpUse` to an `eqx_etrace.OpRule`, or to None for the built-in ones;
+      or `"elementwise"`: the primitive reads each operand where it writes, after
+      broadcasting, and nowhere else. An unknown primitive mixes, and the trace of its
+      weights is found by automatic differentiation.
 
     **Returns:** a frozen `ETraceGraph`.
 
-    **Raises:** `CompileError` with the key path, the line of code and the remedy.
+    **Raises:** `CompileError` with the key path, the line of code and the remedy;
+    `TypeError` or `ValueError` for an argument that is none of the above.
 
     !!! example
 
@@ -316,10 +329,12 @@ def compile(
         ```
     """
     _check_arguments(rule, vjp, max_unroll, max_slots)
+    check_op_rules(op_rules)
     staged = stage(model, state, x, call=call, trainable=trainable, batched=batched)
     program, values, rewritten = canonicalise(staged, max_unroll)
     hidden = _find_hidden(program, staged)
-    reads = Reads(program, dict(zip(program.constants, values, strict=True)))
+    constants = dict(zip(program.constants, values, strict=True))
+    reads = Reads(program, constants, own_elementwise(program, op_rules))
     units = find_units(program, hidden, reads, max_slots)
     locality = find_locality(program, hidden, units, reads, rule.scope)
     sources = params_of(program, staged.params.count)
@@ -328,7 +343,9 @@ def compile(
         use.ref: tuple(staged.params.paths[i] for i in sorted(sources[use.ref]))
         for use in uses
     }
-    groups, relations = _relate(program, hidden, units, locality, staged, uses, names)
+    groups, relations = _relate(
+        program, hidden, units, locality, staged, uses, names, op_rules
+    )
     analysis = Analysis(
         program=program,
         hidden=hidden,

@@ -8,6 +8,7 @@ shape (reads, *shape of o) and holds element numbers of the operand, or NONE:
 | elementwise | one: the element at the same place, after broadcasting |
 | structural | one: found by evaluating the equation on the element numbers themselves |
 | a reduction, a product with a constant | the elements along the contracted axes |
+| pooling | the elements in the window |
 | anything else | every operand element, or ALL for more than a unit may have |
 
 `pull` moves labels forward along these reads, `push` moves them backward.
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as prims
 
 from ._custom_types import Labels
 from ._jaxpr import (
@@ -36,6 +38,7 @@ from ._jaxpr import (
     is_structural,
     literal,
 )
+from ._windows import window_reads
 
 
 NONE = -1
@@ -44,6 +47,9 @@ ALL = None
 # A contraction that reads more than this many elements in total is not spelt out: no
 # unit is that large, and the array would be.
 _MOST_READS = 1 << 22
+WINDOWED = frozenset(
+    {prims.reduce_window_sum_p, prims.reduce_window_max_p, prims.reduce_window_min_p}
+)
 
 
 _MOST_SLOTS = 64
@@ -60,9 +66,16 @@ class Mixing(enum.Enum):
 class Reads:
     """The reads of the equations of one program; a cache that lives for a compile."""
 
-    def __init__(self, program: Program, constants: Mapping[int, Any]):
+    def __init__(
+        self,
+        program: Program,
+        constants: Mapping[int, Any],
+        elementwise: frozenset[Any] = frozenset(),
+    ):
         self.program = program
         self.constants = constants
+        self.elementwise = elementwise
+        """Primitives that are elementwise because the user says so."""
         self._kinds: dict[int, Mixing] = {}
         self._cache: dict[tuple[int, int], list[Labels]] = {}
 
@@ -73,7 +86,8 @@ class Reads:
     def kind(self, equation: Equation) -> Mixing:
         if equation.index not in self._kinds:
             kind = Mixing.MIXING
-            if is_elementwise(equation, self.program.avals):
+            own = equation.primitive in self.elementwise
+            if own or is_elementwise(equation, self.program.avals):
                 kind = Mixing.ELEMENTWISE
             elif is_structural(equation, self.known):
                 kind = Mixing.STRUCTURAL
@@ -102,6 +116,8 @@ class Reads:
         if equation.primitive in REDUCTIONS:
             axes = equation.params["axes"]
             return [_to_front(_places(operand.shape), axes)]
+        if equation.primitive in WINDOWED:
+            return [self._windowed(equation, operand)]
         if equation.primitive is DOT_GENERAL:
             return [self._contracted(equation, k)]
         if equation.primitive is SCATTER_ADD and k != 1:
@@ -123,6 +139,12 @@ class Reads:
         with jax.ensure_compile_time_eval():
             outs = [np.asarray(out) for out in bind(equation, args)]
         return [np.where(out < 0, NONE, out) for out in outs]
+
+    def _windowed(self, equation: Equation, operand: Any) -> Labels:
+        window = int(np.prod(equation.params["window_dimensions"], dtype=np.int64))
+        if window * self.program.avals[equation.outputs[0]].size > _MOST_READS:
+            return ALL
+        return window_reads(_places(operand.shape), equation.params)
 
     def _added(self, equation: Equation, k: int) -> Labels:
         """x.at[constant indices].add(updates): x in place, updates where they land."""

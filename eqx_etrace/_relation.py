@@ -18,7 +18,7 @@ from ._custom_types import Labels
 from ._group import HiddenGroup
 from ._jaxpr import Equation, Origin, Program
 from ._locality import Edge, Locality
-from ._op_rules import OpRule, op_rule
+from ._op_rules import OpRule, OpRules, op_rule
 from ._reads import NONE
 from ._units import Units
 
@@ -157,6 +157,7 @@ def make_relation(
     locality: Locality,
     group: HiddenGroup,
     names: tuple[str, ...],
+    op_rules: OpRules,
 ) -> Relation:
     """The relation of a use to group `number`."""
     links = [
@@ -184,7 +185,7 @@ def make_relation(
         group=number,
         slots=slots,
         reached=reached,
-        op=op_rule(program, use.equation, use.operand, use.output),
+        op=op_rule(program, use.equation, use.operand, use.output, op_rules),
         source=use.equation.source,
         ref=use.ref,
         equation=use.equation,

@@ -4,11 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import quick_jit
 
 from eqx_etrace._canonicalise import wrapped
 from eqx_etrace._flatten import flatten
 from eqx_etrace._jaxpr import evaluate
-from eqx_etrace._op_rules import ByAD, Dense, Elementwise, by_ad, op_rule
+from eqx_etrace._op_rules import (
+    ByAD,
+    Convolution,
+    Dense,
+    Elementwise,
+    Gather,
+    by_ad,
+    describe_use,
+    op_rule,
+)
 from eqx_etrace._relation import find_uses
 
 
@@ -92,31 +102,74 @@ CASES = {
         lambda w, x: jax.lax.conv(x, w, (1,), "SAME"),
         (2, 3, 3),
         (1, 3, 6),
-        ByAD,
+        Convolution,
     ),
-    "gather by data": (lambda w, x: w[jnp.argsort(x)], (3, 2), (3,), ByAD),
+    "gather by data": (lambda w, x: w[jnp.argsort(x)], (3, 2), (3,), Gather),
+    "slice by data": (lambda w, x: w[jnp.argmin(x)], (3, 2), (3,), Gather),
     "sorted together": (lambda w, x: jax.lax.sort((w, x))[0], (3,), (3,), ByAD),
 }
 
 
-def _use(name):
-    """The rule of a case, the default, the values of the operands, the shape of y."""
-    fun, w_shape, x_shape, _ = CASES[name]
-    keys = jax.random.split(jax.random.key(0))
-    w = 0.2 + jax.random.uniform(keys[0], w_shape)
-    x = 0.2 + jax.random.uniform(keys[1], x_shape)
-    program, constants = flatten(jax.make_jaxpr(fun)(w, x), wrapped, params=1, states=0)
+def use_of(fun, w, *data):
+    """The rule found for `fun(w, *data)`, the default, the values of the operands, the
+    shape of y."""
+    closed = jax.make_jaxpr(fun)(w, *data)
+    program, constants = flatten(closed, wrapped, params=1, states=0)
     env = dict(zip(program.constants, constants, strict=True))
-    env.update(zip(program.inputs, (w, x), strict=True))
+    env.update(zip(program.inputs, (w, *data), strict=True))
     env = evaluate(program.equations, env)
-    use = next(use for use in find_uses(program) if use.ref == program.inputs[0])
+    uses = [use for use in find_uses(program) if use.ref == program.inputs[0]]
+    # Of several results the one that is returned, if it is returned as it is.
+    use = next((use for use in uses if use.y in program.outputs), uses[0])
     operands = tuple(
         env[ref] if isinstance(ref, int) else ref.val for ref in use.equation.inputs
     )
-    shape = program.avals[use.y].shape
-    rule = op_rule(program, use.equation, use.operand, use.output)
-    default = by_ad(program, use.equation, use.operand, use.output)
-    return rule, default, operands, shape
+    where = (use.equation, use.operand, use.output)
+    rule = op_rule(program, *where)
+    default = by_ad(describe_use(program, *where))
+    return rule, default, operands, program.avals[use.y].shape
+
+
+def check_gradient(rule, default, operands, shape, rtol=1e-12):
+    """Two steps of a trace and a gradient, by the rule and by the default."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    df, decay, l0, l1 = (jax.random.normal(key, shape) for key in keys)
+
+    def gradient(rule):
+        first = rule.influence(df, operands)
+        assert first.shape == rule.trace_shape
+        assert rule.expand(decay).ndim == first.ndim
+        second = rule.expand(decay) * first + rule.influence(l1, operands)
+        return rule.contract([l0, l1], [first, second])
+
+    # One compilation costs less than one per operation.
+    both = quick_jit(lambda: (gradient(rule), gradient(default)))
+    got, expected = both()
+    assert got.shape == operands[default.use.operand].shape
+    np.testing.assert_allclose(got, expected, rtol=rtol, atol=1e-14)
+    return expected
+
+
+def check_batch(rule, shape):
+    """The contraction of a batch is the sum of the contractions."""
+    keys = jax.random.split(jax.random.key(2), 2)
+    v = jax.random.normal(keys[0], (3, *shape))
+    trace = jax.random.normal(keys[1], (3, *rule.trace_shape))
+
+    @quick_jit
+    def both():
+        each = (rule.contract([v[b]], [trace[b]]) for b in range(3))
+        return rule.contract([v], [trace]), sum(each)
+
+    got, expected = both()
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def _use(name):
+    fun, w_shape, x_shape, _ = CASES[name]
+    keys = jax.random.split(jax.random.key(0))
+    w = 0.2 + jax.random.uniform(keys[0], w_shape)
+    return use_of(fun, w, 0.2 + jax.random.uniform(keys[1], x_shape))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,31 +180,13 @@ def test_the_rule_found(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_influence_and_contraction_equal_the_default(name):
-    rule, default, operands, shape = _use(name)
-    keys = jax.random.split(jax.random.key(1), 4)
-    df, decay, l0, l1 = (jax.random.normal(key, shape) for key in keys)
-
-    def gradient(rule):
-        first = rule.influence(df, operands)
-        assert first.shape == rule.trace_shape
-        second = rule.expand(decay) * first + rule.influence(l1, operands)
-        return rule.contract([l0, l1], [first, second])
-
-    got, expected = gradient(rule), gradient(default)
-    assert got.shape == operands[default.operand].shape
-    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
-    assert np.abs(expected).max() > 1e-3
+    assert np.abs(check_gradient(*_use(name))).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_contraction_of_a_batch_is_the_sum(name):
     rule, _, _, shape = _use(name)
-    keys = jax.random.split(jax.random.key(2), 2)
-    v = jax.random.normal(keys[0], (3, *shape))
-    trace = jax.random.normal(keys[1], (3, *rule.trace_shape))
-    got = rule.contract([v], [trace])
-    expected = sum(rule.contract([v[b]], [trace[b]]) for b in range(3))
-    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+    check_batch(rule, shape)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -17,29 +17,72 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
 class OpRule(abc.ABC):
-    """The layout of the trace of one use; static and hashable, no arrays inside."""
+    """How the trace of one use of a weight is laid out, for y = op(..., w, ...).
+
+    The trace holds the influence of w on the units that y feeds. Each of its entries
+    belongs to one element of y and one element of w, so that a vector over y can
+    multiply it. Derive from this class, as a frozen dataclass without arrays, to give
+    an own primitive a closed form; see `op_rules` of `eqx_etrace.compile`. Methods work
+    on one sample; a batch is mapped over them.
+
+    **Arguments:**
+
+    - `trace_shape`: the shape of the trace, for one slot and one sample.
+    - `weight_shape`: the shape of w.
+    - `summed`: the trace axes to sum over to come from a trace to the weight. What is
+      left is reshaped to `weight_shape`.
+
+    A derived class has a `name` for the report, and the methods `expand` and
+    `influence`.
+
+    !!! example
+
+        A weight w of shape (n,) in y = w * x, laid out as y is:
+
+        ```python
+        @dataclasses.dataclass(frozen=True)
+        class Scaled(eqx_etrace.OpRule):
+            name = "scaled"
+
+            def expand(self, v):
+                return v
+
+            def influence(self, df, operands):
+                w, x = operands
+                return df * x
+
+        rule = Scaled(trace_shape=(3,), weight_shape=(3,), summed=())
+        ```
+    """
 
     trace_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
     summed: tuple[int, ...]
-    """The trace axes that are no axes of the weight."""
 
     name: ClassVar[str]
 
     @abc.abstractmethod
     def expand(self, v: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """A vector of y's shape, with the axes that broadcast against the trace."""
+        """An array of y's shape, with its axes where they broadcast against the trace.
+
+        The result has as many axes as the trace; its dtype is that of `v`.
+        """
 
     @abc.abstractmethod
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
-        """df . dy/dw in the layout of the trace; `operands` are the equation's own."""
+        """df . dy/dw, of shape `trace_shape` and of the dtype of `df`.
+
+        `df` has the shape of y; `operands` are the values that the primitive was
+        applied to, the weight among them.
+        """
 
     def contract(
         self,
@@ -77,6 +120,12 @@ class OpRule(abc.ABC):
         for v, trace in zip(vectors, traces, strict=True):
             total = total + self.expand(v.astype(dtype)) * trace.astype(dtype)
         return jnp.sum(total, axis=self.summed).reshape(self.weight_shape)
+
+
+def place(v: Any, axes: Sequence[int], rank: int) -> Any:
+    """`v` with its axes at `axes` of a trace of that rank, and ones elsewhere."""
+    v = jnp.transpose(v, tuple(int(axis) for axis in np.argsort(axes)))
+    return jnp.expand_dims(v, [axis for axis in range(rank) if axis not in axes])
 
 
 def _sum_dtype(dtype: Any) -> Any:

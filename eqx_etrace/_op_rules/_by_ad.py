@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from .._jaxpr import Equation, Program, bind
 from ._base import OpRule, cast, product
+from ._use import OpUse
 
 
 @dataclasses.dataclass(frozen=True)
 class ByAD(OpRule):
     """Trace axes: the axes of y, then the axes of the weight."""
 
-    equation: Equation
-    operand: int
-    output: int
+    use: OpUse
 
     name: ClassVar[str] = "by AD"
 
@@ -32,12 +30,10 @@ class ByAD(OpRule):
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
         def y(w: Any) -> Any:
-            args = list(operands)
-            args[self.operand] = w
-            return bind(self.equation, args)[self.output]
+            return self.use.y_of(w, operands)
 
         # Reverse mode, row by row of y: a custom_vjp has no other.
-        value, pull = jax.vjp(y, jnp.asarray(operands[self.operand]))
+        value, pull = jax.vjp(y, jnp.asarray(operands[self.use.operand]))
         rows = jnp.eye(value.size, dtype=value.dtype).reshape(-1, *value.shape)
         if jnp.iscomplexobj(value):
             rows, df = rows * df[None].astype(value.dtype), jnp.ones_like(df.real)
@@ -45,9 +41,7 @@ class ByAD(OpRule):
         return product(self.expand(df), cast(jacobian, df.dtype))
 
 
-def by_ad(program: Program, equation: Equation, k: int, output: int) -> ByAD:
+def by_ad(use: OpUse) -> ByAD:
     """The default rule, for any operand of any differentiable equation."""
-    y_shape = program.avals[equation.outputs[output]].shape
-    w_shape = program.avals[equation.inputs[k]].shape
-    summed = tuple(range(len(y_shape)))
-    return ByAD(y_shape + w_shape, w_shape, summed, equation, k, output)
+    y_shape, w_shape = use.y.shape, use.weight.shape
+    return ByAD(y_shape + w_shape, w_shape, tuple(range(len(y_shape))), use)

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Shaped
 
-from .._jaxpr import DOT_GENERAL, Equation, Program
-from ._base import OpRule, cast, product
+from .._jaxpr import DOT_GENERAL
+from ._base import OpRule, cast, place, product
+from ._use import OpUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,29 +26,23 @@ class Dense(OpRule):
 
     name: ClassVar[str] = "dense"
 
-    def _place(self, v: Any, axes: tuple[int, ...]) -> Any:
-        v = jnp.transpose(v, tuple(int(axis) for axis in np.argsort(axes)))
-        missing = [a for a in range(len(self.trace_shape)) if a not in axes]
-        return jnp.expand_dims(v, missing)
-
     def expand(self, v: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        return self._place(v, self.y_axes)
+        return place(v, self.y_axes, len(self.trace_shape))
 
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
         x = cast(operands[self.x_operand], df.dtype)
-        return product(self.expand(df), self._place(x, self.x_axes))
+        return product(self.expand(df), place(x, self.x_axes, len(self.trace_shape)))
 
 
-def dense(program: Program, equation: Equation, k: int, output: int) -> Dense | None:
-    """The dense rule for operand `k` of an equation, None if it is no product."""
-    del output
-    if equation.primitive is not DOT_GENERAL:
+def dense(use: OpUse) -> Dense | None:
+    """The dense rule, None if the equation is no product."""
+    if use.primitive is not DOT_GENERAL:
         return None
-    w_shape = program.avals[equation.inputs[k]].shape
-    x_shape = program.avals[equation.inputs[1 - k]].shape
-    contract, batch = equation.params["dimension_numbers"]
+    k = use.operand
+    w_shape, x_shape = use.weight.shape, use.inputs[1 - k].shape
+    contract, batch = use.params["dimension_numbers"]
     paired = dict(zip(contract[1 - k], contract[k], strict=True))
     paired |= dict(zip(batch[1 - k], batch[k], strict=True))
     x_free = [axis for axis in range(len(x_shape)) if axis not in paired]

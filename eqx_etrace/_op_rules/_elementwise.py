@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from .._jaxpr import CUSTOM, Equation, Program, bind, is_elementwise
+from .._jaxpr import CUSTOM
 from ._base import OpRule, cast, product
+from ._use import OpUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +19,7 @@ class Elementwise(OpRule):
     dy_i/dw_i is one reverse pass with ones, the operands broadcast to the shape of y.
     """
 
-    equation: Equation
-    operand: int
-    output: int
+    use: OpUse
 
     name: ClassVar[str] = "elementwise"
 
@@ -30,33 +29,28 @@ class Elementwise(OpRule):
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
-        if self.equation.primitive not in CUSTOM:
+        if self.use.primitive not in CUSTOM:
             # All of them: clamp and select want their scalars to go together.
             operands = tuple(jnp.broadcast_to(a, self.trace_shape) for a in operands)
 
         def y(w: Any) -> Any:
-            args = list(operands)
-            args[self.operand] = w
-            return bind(self.equation, args)[self.output]
+            return self.use.y_of(w, operands)
 
-        value, pull = jax.vjp(y, jnp.asarray(operands[self.operand]))
+        value, pull = jax.vjp(y, jnp.asarray(operands[self.use.operand]))
         if jnp.iscomplexobj(value):
             return cast(pull(df.astype(value.dtype))[0], df.dtype)
         return product(df, cast(pull(jnp.ones_like(value))[0], df.dtype))
 
 
-def elementwise(
-    program: Program, equation: Equation, k: int, output: int
-) -> Elementwise | None:
-    """The elementwise rule for operand `k`, None if the equation mixes elements."""
-    if not is_elementwise(equation, program.avals):
+def elementwise(use: OpUse) -> Elementwise | None:
+    """The elementwise rule, None if the equation mixes elements."""
+    if not use.elementwise:
         return None
-    y_shape = program.avals[equation.outputs[output]].shape
-    w_shape = program.avals[equation.inputs[k]].shape
-    if equation.primitive in CUSTOM and w_shape != y_shape:
+    y_shape, w_shape = use.y.shape, use.weight.shape
+    if use.primitive in CUSTOM and w_shape != y_shape:
         return None  # its body is traced for these shapes: the weight cannot broadcast
     padded = (1,) * (len(y_shape) - len(w_shape)) + w_shape
     summed = tuple(
         axis for axis, size in enumerate(y_shape) if padded[axis] == 1 != size
     )
-    return Elementwise(y_shape, w_shape, summed, equation, k, output)
+    return Elementwise(y_shape, w_shape, summed, use)
