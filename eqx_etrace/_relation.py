@@ -46,11 +46,11 @@ class UnitMap(eqx.Module):
 def unit_map(positions: Labels, units: int, shape: tuple[int, ...]) -> UnitMap:
     """The cheapest description of `positions`, the unit of each element of y."""
     flat = positions.reshape(-1)
-    inner = int(np.argmax(flat != flat[:1])) or flat.size if flat.size else 0
-    if inner and flat.size % (units * inner) == 0:
-        tiled = np.arange(units)[None, :, None]
-        if (flat.reshape(-1, units, inner) == tiled).all():
-            outer = flat.size // (units * inner)
+    if flat.size:
+        inner = int(np.argmax(flat != flat[0])) or flat.size
+        outer, rest = divmod(flat.size, units * inner)
+        tiles = np.arange(units)[None, :, None]
+        if not rest and (flat.reshape(outer, units, inner) == tiles).all():
             return UnitMap(units, shape, (outer, inner), None)
     index = jnp.asarray(positions.reshape(shape), jnp.int32)
     return UnitMap(units, shape, None, index)
