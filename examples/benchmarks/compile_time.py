@@ -155,7 +155,9 @@ def import_times(rounds):
 
 def compile_times(models, rounds):
     """A row for each model and size: medians over processes."""
-    print(f"\n{'compile':12} {'size':>10} {'first s':>8} {'second s':>9} {'peak MB':>8}")
+    print(
+        f"\n{'compile':12} {'size':>10} {'first s':>8} {'second s':>9} {'peak MB':>8}"
+    )
     rows = []
     for model in models:
         for size in SIZES[model]:

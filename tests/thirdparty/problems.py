@@ -78,7 +78,9 @@ def _bptt(p: Problem, steps=STEPS):
             out, state = p.step(params, xt[0], state)
             return state, (out - xt[1]) ** 2
 
-        return jnp.sum(jax.lax.scan(body, p.state, (p.xs[:steps], p.targets[:steps]))[1])
+        return jnp.sum(
+            jax.lax.scan(body, p.state, (p.xs[:steps], p.targets[:steps]))[1]
+        )
 
     return quick_jit(jax.grad(loss))(p.params)
 

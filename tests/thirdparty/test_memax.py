@@ -146,6 +146,7 @@ def test_learns(name):
 
 # What is refused, and why.
 
+
 # The state is a running sum or a window of the bare inputs: weights come after it.
 @pytest.mark.parametrize("name", ["LinearRecurrent", "Stack", "MLP"])
 def test_without_weights_before_the_state(name):
