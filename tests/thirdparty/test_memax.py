@@ -169,7 +169,7 @@ def test_set_action_on_a_sequence_of_one(name):
     assert_first_step(_problem(name, by_sequence))
 
 
-@pytest.mark.xfail(reason="credit through the `scan` of a matrix exponential")
+@pytest.mark.xfail(reason="credit through a matrix exponential", strict=True)
 @pytest.mark.parametrize("name", ["Spherical", "PSpherical"])
 def test_rotation(name):
     assert_first_step(_problem(name))
