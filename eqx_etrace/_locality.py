@@ -26,7 +26,7 @@ import numpy as np
 
 from ._custom_types import Labels, Scope
 from ._hidden import Hidden, weighted
-from ._jaxpr import Equation, Program
+from ._jaxpr import Equation, Origin, Program
 from ._own import OwnPairs, own_pairs
 from ._reads import NONE, SEVERAL, Mixing, Reads, merge, push, push_bits
 from ._units import Units
@@ -102,7 +102,9 @@ class _Backward:
         mixing = self.reads.kind(equation) is Mixing.MIXING
         product = mixing and weighted(self.program, equation)
         for k, ref in equation.operands:
-            if not self.program.avals[ref].inexact:
+            # No unit's state passes through a weight, and weights are large.
+            data = self.program.origins[ref] is Origin.DATA
+            if not (data and self.program.avals[ref].inexact):
                 continue
             size = self.program.avals[ref].size
             target: Labels | None = None

@@ -114,7 +114,7 @@ class Reads:
         if kind is Mixing.STRUCTURAL:
             return [out[None] for out in self._moved(equation, k)]
         if equation.primitive in REDUCTIONS:
-            axes = equation.params["axes"]
+            axes = tuple(int(axis) for axis in equation.params["axes"])
             return [_to_front(_places(operand.shape), axes)]
         if equation.primitive in WINDOWED:
             return [self._windowed(equation, operand)]

@@ -46,11 +46,11 @@ class UnitMap(eqx.Module):
 def unit_map(positions: Labels, units: int, shape: tuple[int, ...]) -> UnitMap:
     """The cheapest description of `positions`, the unit of each element of y."""
     flat = positions.reshape(-1)
-    if flat.size and flat.size % units == 0:
+    if flat.size:
         inner = int(np.argmax(flat != flat[0])) or flat.size
-        outer = flat.size // (units * inner) if flat.size % (units * inner) == 0 else 0
-        tiling = np.tile(np.repeat(np.arange(units), inner), outer)
-        if np.array_equal(tiling, flat):
+        outer, rest = divmod(flat.size, units * inner)
+        tiles = np.arange(units)[None, :, None]
+        if not rest and (flat.reshape(outer, units, inner) == tiles).all():
             return UnitMap(units, shape, (outer, inner), None)
     index = jnp.asarray(positions.reshape(shape), jnp.int32)
     return UnitMap(units, shape, None, index)

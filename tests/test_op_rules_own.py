@@ -80,7 +80,8 @@ def test_without_a_rule_the_default_takes_it_and_the_report_says_so(page):
 
 
 def test_an_unknown_primitive_mixes(page):
-    model, state, xs, _ = _problem(page, "Squashed")
+    """All that it reads; more than a unit may have is no unit's."""
+    model, state, xs, _ = _problem(page, "Squashed", n=70)
     with pytest.raises(etrace.CompileError, match="No weight feeds single units"):
         etrace.compile(model, state, xs[0])
 
