@@ -25,7 +25,8 @@ class HiddenGroup(eqx.Module):
     Slot s of all units is one vector of length P: often a whole state leaf, else a
     part of one. The group carries its own part of the *local program*, the step in
     which nothing passes from one unit to another, and can run it alone: `transition`
-    and `diagonal_jacobian`. All methods take one sample; map a batch with `jax.vmap`.
+    and `diagonal_jacobian`. All methods take one sample; map a batch with `jax.vmap`,
+    and compile them with `eqx.filter_jit`.
 
     **Attributes:**
 

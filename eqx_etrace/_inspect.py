@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Shaped
 
+from ._errors import describe, sentence
 from ._graph import ETraceGraph
 from ._jacobian import (
     GroupJacobian,
@@ -25,6 +26,7 @@ from ._jacobian import (
 )
 from ._relation import Relation
 from ._same_step import same_step_total
+from ._stage import named_leaves
 from ._step import _leaves, _per_sample
 
 
@@ -79,7 +81,7 @@ class StepJacobians(eqx.Module):
 
     out: PyTree
     state: PyTree
-    hidden_to_hidden: tuple[Shaped[Array, "*batch _ slots slots"], ...]
+    hidden_to_hidden: tuple[Shaped[Array, "*batch _ _ _"], ...]
     hidden_to_weight: tuple[WeightJacobian, ...]
     inputs: tuple[tuple[Shaped[Array, "..."], ...], ...]
 
@@ -182,7 +184,7 @@ def _weight_jacobian(
 
 def learning_signal(
     graph: ETraceGraph, params: PyTree, state: PyTree, x: PyTree, cotangent: PyTree
-) -> tuple[Shaped[Array, "*batch _ slots"], ...]:
+) -> tuple[Shaped[Array, "*batch _ _"], ...]:
     r"""dL/dh per hidden group: what single-step credit multiplies the traces with.
 
     Derivatives of the loss by the *new* state of this step, everything that the step
@@ -262,13 +264,28 @@ def _cotangent_leaves(graph: ETraceGraph, cotangent: PyTree) -> list[Any]:
         return jnp.zeros((*lead, *spec.shape), spec.dtype) if zero else given
 
     template = jtu.tree_unflatten(table.treedef, table.specs)
+    remedy = "Pass the derivative of the loss by `out`, None where it is zero."
     try:
         filled = jtu.tree_map(fill, template, cotangent, is_leaf=lambda s: s is None)
-    except ValueError:  # another structure: the table says where
-        filled = cotangent
-    remedy = "Pass the derivative of the loss by `out`, None where it is zero."
+    except ValueError:
+        raise ValueError(_other_structure(graph, cotangent, remedy)) from None
     try:
         leaves = table.flatten(filled, graph.batch, remedy)
     except ValueError as error:
         raise ValueError(f"cotangent: {error}") from None
     return [jnp.asarray(leaf) for leaf in leaves]
+
+
+def _other_structure(graph: ETraceGraph, cotangent: PyTree, remedy: str) -> str:
+    got = dict(named_leaves("out", cotangent, keep_none=True))
+    table = graph.out_leaves
+    for path, spec in zip(table.paths, table.specs, strict=True):
+        if path not in got:
+            expected = describe(spec)
+            return sentence(f"cotangent: {path}", "nothing", expected, remedy)
+    for path, leaf in got.items():
+        if path not in table.paths:
+            where = f"cotangent: {path}"
+            return sentence(where, describe(leaf), "nothing there", remedy)
+    structure = str(jtu.tree_structure(cotangent))
+    return sentence("cotangent", structure, str(table.treedef), remedy)
