@@ -234,7 +234,8 @@ class HiddenGroup(eqx.Module):
         return jnp.stack(columns, axis=1)
 
     def _check_leaf(self, slot: int, found: Mapping[str, Any]) -> None:
-        path, leaf = self.leaves[slot], found.get(self.leaves[slot])
+        path = self.leaves[slot]
+        leaf: Any = found.get(path)
         spec = Aval(self.shapes[slot], self.dtypes[slot])
         fits = is_array_like(leaf) and jnp.shape(leaf) == spec.shape
         if not fits or dtype_of(leaf) != spec.dtype:

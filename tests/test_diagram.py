@@ -29,24 +29,28 @@ def _unescape(text):
     return re.sub(r"#(\d+);", lambda m: chr(int(m[1])), text)
 
 
+def _check_label(label, line):
+    for part in label.split("<br/>"):
+        assert not re.search(r"[\"'`\[\](){}<>|&]", part), line
+        assert not re.search(r"#(?!\d+;)", part), line
+
+
 def _parse(text):
     """Nodes {id: lines of the label} and edges (source, target, label, dashed)."""
     first, comment, *lines = str(text).splitlines()
     assert first == "flowchart LR" and comment.startswith("  %% ")
     nodes, edges = {}, set()
     for line in lines:
-        node, edge = NODE.fullmatch(line), EDGE.fullmatch(line)
-        assert (node is None) != (edge is None), line
-        label = node[3] if node else (edge[3] or "")
-        for part in label.split("<br/>"):
-            assert not re.search(r"[\"'`\[\](){}<>|&]", part), line
-            assert not re.search(r"#(?!\d+;)", part), line
-        if node:
-            assert not edges and node[1] not in nodes
-            nodes[node[1]] = [_unescape(part) for part in node[3].split("<br/>")]
+        if edge := EDGE.fullmatch(line):
+            label = edge[3] or ""
+            edges.add((edge[1], edge[4], _unescape(label), edge[2] == "-.->"))
         else:
-            dashed = edge[2] == "-.->"
-            edges.add((edge[1], edge[4], _unescape(edge[3] or ""), dashed))
+            node = NODE.fullmatch(line)
+            assert node is not None, line
+            assert not edges and node[1] not in nodes
+            label = node[3]
+            nodes[node[1]] = [_unescape(part) for part in label.split("<br/>")]
+        _check_label(label, line)
     for source, target, *_ in edges:
         assert source in nodes and target in nodes
     return nodes, edges

@@ -381,7 +381,7 @@ def test_signal_times_trace_is_the_gradient(name):
     cotangent = jax.grad(sum_of_squares)(out, t)
     signals = etrace.learning_signal(graph, params, state, x, cotangent)
     flat, tree = jtu.tree_flatten(params)
-    total = dict.fromkeys(graph.weights, 0.0)
+    total: dict[int, Any] = dict.fromkeys(graph.weights, 0.0)
     for relation, entries in zip(graph.relations, new, strict=True):
         signal = [relation.map.spread(v) for v in signals[relation.group].T]
         total[relation.ref] += graph.rule.gradient(relation, entries, signal)
@@ -566,10 +566,12 @@ def test_graph_closed_over_and_as_an_argument_without_retracing(name):
         again = jit(lambda g: g)(graph)
         _close(run(again, *rest), expected, 1e-12)
         assert jax.tree.structure(again) == jax.tree.structure(graph)
-    closed = eqx.debug.assert_max_traces(
-        lambda *rest: _total(graph, *rest), max_traces=1
-    )
-    run = jax.jit(closed)
+
+    @jax.jit
+    @eqx.debug.assert_max_traces(max_traces=1)
+    def run(params, state, trace, x):
+        return _total(graph, params, state, trace, x)
+
     _close(run(*rest), expected, 1e-12)
     _close(run(*rest), expected, 1e-12)
 
