@@ -4,6 +4,12 @@ from ._decision import Decision as Decision, Kind as Kind
 from ._errors import CompileError as CompileError
 from ._graph import ETraceGraph as ETraceGraph, compile as compile
 from ._group import HiddenGroup as HiddenGroup
+from ._inspect import (
+    StepJacobians as StepJacobians,
+    WeightJacobian as WeightJacobian,
+    jacobians as jacobians,
+    learning_signal as learning_signal,
+)
 from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._relation import Relation as Relation
 from ._rules import DRTRL as DRTRL

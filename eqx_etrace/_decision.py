@@ -5,7 +5,14 @@ import enum
 
 
 class Kind(enum.Enum):
-    """The kinds of decision; `graph.explain` and `graph.report` show them."""
+    """The kinds of decision; `graph.explain` and `graph.report` show them.
+
+    !!! example
+
+        ```python
+        cut = [d for d in graph.decisions if d.kind is eqx_etrace.Kind.CUT]
+        ```
+    """
 
     RELATION = "temporal credit"
     CURRENT_STEP = "current-step gradient only"
@@ -22,15 +29,23 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One decision of the compiler.
+    """One decision of the compiler, as `graph.decisions` lists them.
 
-    **Arguments:**
+    **Attributes:**
 
     - `kind`: which kind of decision, a `Kind`.
     - `reason`: a sentence for a person.
     - `weight`: the key paths of the params concerned, e.g. `("cell.weight_hh",)`.
     - `state`: the key paths of the state leaves concerned, e.g. `("state[0]",)`.
     - `source`: the line of the user's (or of a library's) code.
+
+    !!! example
+
+        ```python
+        for decision in graph.decisions:
+            if "cell.bias" in decision.weight:
+                print(decision.kind, decision.because)
+        ```
     """
 
     kind: Kind

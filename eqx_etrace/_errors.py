@@ -10,6 +10,18 @@ class CompileError(ValueError):
     """The step cannot be compiled; the message says where and what to do.
 
     Raised by `eqx_etrace.compile` only: a step that compiled does not raise it.
+
+    !!! example
+
+        ```python
+        def forgetful(model, x, state):
+            return model(x, state)[0], jnp.zeros_like(state)
+
+        try:
+            eqx_etrace.compile(net, state, x, call=forgetful)
+        except eqx_etrace.CompileError as error:
+            print(error)  # No trainable weight reaches the state: ...
+        ```
     """
 
 

@@ -21,11 +21,13 @@ from jaxtyping import Array, PyTree, Shaped
 from ._canonicalise import canonicalise
 from ._credit import Analysis, decide, find_bypasses, unrelated_uses
 from ._decision import Decision, Kind
+from ._diagram import input_names, to_mermaid, to_text
 from ._errors import CompileError
-from ._group import HiddenGroup, make_group
+from ._group import HiddenGroup
 from ._hidden import Hidden, find_hidden, params_of
 from ._jaxpr import Equation, Origin, Program, live
 from ._locality import Locality, find_locality
+from ._make_group import make_group
 from ._op_rules import OpRules, check_op_rules, own_elementwise
 from ._reads import Reads
 from ._relation import (
@@ -38,6 +40,7 @@ from ._relation import (
 from ._report import Report, explain, report
 from ._rules import DRTRL, LocalRule
 from ._stage import Frozen, Leaves, Staged, stage
+from ._structure import same_structure
 from ._units import Units, find_units
 
 
@@ -49,8 +52,8 @@ class ETraceGraph(eqx.Module):
 
     Its arrays (constants of the step, untrained arrays of the model) are leaves, all
     the rest is static: a graph may be closed over, or passed through `eqx.filter_jit`,
-    `jax.jit` and scan carries. Made by `eqx_etrace.compile`; two graphs are never
-    equal, so compile once, outside jit.
+    `jax.jit` and scan carries. Made by `eqx_etrace.compile`; for jit two graphs are
+    never equal, so compile once, outside jit. `same_structure` compares two graphs.
 
     **Attributes:**
 
@@ -60,6 +63,14 @@ class ETraceGraph(eqx.Module):
     - `vjp`: `"single-step"` or `"multi-step"`, as it was decided.
     - `batch`: the batch size, None for an unbatched graph.
     - `decisions`: every `Decision` of the compiler.
+
+    !!! example
+
+        ```python
+        print(graph)             # one line
+        print(graph.report())    # a table, with every reason
+        print(graph.to_text())   # a drawing for the terminal
+        ```
     """
 
     groups: tuple[HiddenGroup, ...]
@@ -133,6 +144,70 @@ class ETraceGraph(eqx.Module):
         **Raises:** `ValueError` if there is no such leaf; the message lists them.
         """
         return explain(self, weight, state)
+
+    def to_text(self) -> Report:
+        """The graph as plain text: what feeds each hidden group and each output.
+
+        !!! example
+
+            ```python
+            print(graph.to_text())
+            ```
+        """
+        return to_text(self)
+
+    def to_mermaid(self) -> Report:
+        """The graph as the text of a Mermaid flowchart.
+
+        Weights, hidden groups (units x slots) and outputs are nodes. Solid arrows carry
+        credit; dashed arrows are what is cut between units or groups, and weights
+        that are credited for the current step alone. GitHub, GitLab, notebooks and
+        documentation tools draw it from a code block of the language `mermaid`.
+
+        !!! example
+
+            ```python
+            text = f"```mermaid\\n{graph.to_mermaid()}\\n```"
+            ```
+        """
+        return to_mermaid(self)
+
+    def input_names(self, number: int) -> tuple[str, ...]:
+        """What the `inputs` of hidden group `number` are, in their order.
+
+        A key path for a param, an old state leaf or an input of the step, else the
+        equation and the line of code that the value comes from.
+
+        **Raises:** `ValueError` if there is no such group.
+
+        !!! example
+
+            ```python
+            found = eqx_etrace.jacobians(graph, params, state, x)
+            for name, value in zip(graph.input_names(0), found.inputs[0]):
+                print(name, value.shape)
+            ```
+        """
+        return input_names(self, number)
+
+    def same_structure(self, other: "ETraceGraph") -> bool:
+        """Whether two graphs run the same step and keep the same traces.
+
+        Two compiles of one model have the same structure: params, state and trace of
+        the one fit the other. The equations of the step, key paths, shapes, dtypes,
+        units, traces, the learning rule's structure, form of the step and batch size
+        count; the values of arrays and the lines of code do not. Call it outside jit.
+
+        **Raises:** `TypeError` if `other` is no graph.
+
+        !!! example
+
+            ```python
+            again = eqx_etrace.compile(net, state, x)
+            assert graph.same_structure(again)
+            ```
+        """
+        return same_structure(self, other)
 
     def __repr__(self) -> str:
         batch = "" if self.batch is None else f", batch={self.batch}"

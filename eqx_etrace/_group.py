@@ -7,27 +7,37 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from ._hidden import Hidden
-from ._jaxpr import Equation, Program, evaluate
-from ._locality import Edge, Locality, flow, several_hops, slot_matrix
+from ._errors import describe, dtype_of, is_array_like, sentence
+from ._jaxpr import Aval, Equation, evaluate
+from ._locality import Edge
 from ._own import own_product
-from ._units import Units
+from ._same_step import same_step_total
+from ._stage import leaf_table, named_parts
 
 
 class HiddenGroup(eqx.Module):
     """All units that have the same state variables: P units with S slots each.
 
-    Slot s of all units is one vector of length P. It is often a whole state leaf; if
-    it is a part of one, `index` says which elements.
+    A unit is one neuron, a slot one of its state variables (membrane, current, ...).
+    Slot s of all units is one vector of length P: often a whole state leaf, else a
+    part of one. The group carries its own part of the *local program*, the step in
+    which nothing passes from one unit to another, and can run it alone: `transition`
+    and `diagonal_jacobian`. All methods take one sample; map a batch with `jax.vmap`,
+    and compile them with `eqx.filter_jit`.
 
     **Attributes:**
 
     - `units`: P.
     - `slots`: S.
-    - `leaves`: per slot, the key path of its state leaf.
+    - `leaves`: per slot, the key path of its state leaf, e.g. `"state[0]"`.
+    - `shapes`, `dtypes`: per slot, those of its state leaf.
+    - `dtype`: what all slots promote to, the dtype of `concat`.
+    - `input_specs`: shapes and dtypes of the `inputs` that `transition` takes;
+      `graph.input_names(number)` says what they are.
     - `transition_matrix`: S x S booleans; entry [s'][s] says whether the old slot s of
       a unit acts on its new slot s' directly (the structure of D).
     - `within_matrix`: S x S booleans; entry [s'][s] says whether the *new* slot s acts
@@ -35,6 +45,16 @@ class HiddenGroup(eqx.Module):
     - `order`: the slots in an order in which L is strictly triangular.
     - `silent`: per slot, whether nothing but its own unit's new state reads it, so
       that its learning signal is zero unless the loss reads the state itself.
+
+    !!! example
+
+        ```python
+        group = graph.groups[0]
+        h = group.concat(state)                        # (units, slots)
+        found = eqx_etrace.jacobians(graph, params, state, x)
+        new_h = group.transition(h, found.inputs[0])   # (units, slots)
+        state = group.split(new_h, state)
+        ```
     """
 
     units: int = eqx.field(static=True)
@@ -61,6 +81,10 @@ class HiddenGroup(eqx.Module):
     """The values that the local program reads and does not compute."""
     at_doors: tuple[tuple[Edge, int], ...] = eqx.field(static=True)
     """The edges that read a door, and which of `doors` it is."""
+    reads: tuple[int, ...] = eqx.field(static=True)
+    """The values that `transition` takes as its inputs, in this order: the context,
+    what is read through a cut edge, and old leaves that are not the group's alone."""
+    input_specs: tuple[Aval, ...] = eqx.field(static=True)
     cut: tuple[Edge, ...] = eqx.field(static=True)
     masked: tuple[Edge, ...] = eqx.field(static=True)
     masks: tuple[Bool[Array, "..."], ...]
@@ -70,6 +94,201 @@ class HiddenGroup(eqx.Module):
     whole: tuple[Equation, ...] | None = eqx.field(static=True)
     """The equations from the old state to the new, nothing cut, where the true diagonal
     block has to be taken from the dense Jacobian."""
+
+    @property
+    def dtype(self) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.result_type(*self.dtypes)
+
+    def concat(self, state: PyTree) -> Shaped[Array, "units slots"]:
+        """The slots of the group, side by side, from the user's own state.
+
+        **Arguments:**
+
+        - `state`: a state of one sample, as given to `compile`.
+
+        **Returns:** `h`, an array (units, slots) of `group.dtype`; column s is the
+        slot that `group.leaves[s]` names.
+
+        **Raises:** `ValueError` that names the state leaf that does not fit.
+
+        !!! example
+
+            ```python
+            h = graph.groups[0].concat(state)
+            h_of_batch = jax.vmap(graph.groups[0].concat)(jax.tree.map(
+                lambda leaf: jnp.stack([leaf, leaf]), state
+            ))
+            ```
+        """
+        found = dict(named_parts("state", state))
+        for slot in range(self.slots):
+            self._check_leaf(slot, found)
+        leaves = zip(self.slot_leaf, self.leaves, strict=True)
+        return self.stack(self.read({leaf: found[path] for leaf, path in leaves}))
+
+    def split(self, h: Shaped[Array, "units slots"], state: PyTree = None) -> Any:
+        """The inverse of `concat`.
+
+        **Arguments:**
+
+        - `h`: an array (units, slots).
+        - `state`: a state of one sample, or None.
+
+        **Returns:** without `state` a list of vectors (units,), one per slot, each of
+        the dtype of its state leaf; with `state` a copy of it in which the slots of
+        this group are those of `h`.
+
+        **Raises:** `ValueError` that names what does not fit.
+
+        !!! example
+
+            ```python
+            group = graph.groups[0]
+            h = group.concat(state)
+            vectors = group.split(h)
+            halved = group.split(0.5 * h, state)
+            ```
+        """
+        self._check_h(h)
+        if state is None:
+            columns = enumerate(self.dtypes)
+            return [h[:, slot].astype(dtype) for slot, dtype in columns]
+        found = dict(named_parts("state", state))
+        for slot, path in enumerate(self.leaves):
+            self._check_leaf(slot, found)
+            found[path] = self._write(slot, h, jnp.asarray(found[path]))
+        new = leaf_table("state", state).join(list(found.values()))
+        return jtu.tree_unflatten(jtu.tree_structure(state), new)
+
+    def transition(
+        self, h: Shaped[Array, "units slots"], inputs: Sequence[Any]
+    ) -> Shaped[Array, "units slots"]:
+        """The new state of the units by their local program, from the old one.
+
+        It is a function of each unit's own old state alone: what comes from elsewhere,
+        such as inputs, weights and the products of a recurrent weight with the *whole*
+        old state, is held at `inputs`. At the state where `inputs` were taken it is
+        the new state of the step; elsewhere it is what the step would give with the
+        same drive, and the step itself where no weight mixes units.
+
+        **Arguments:**
+
+        - `h`: the old state, (units, slots), as `concat` gives it.
+        - `inputs`: the values that the local program reads, `inputs[number]` of
+          `eqx_etrace.jacobians(...)` for group `number`. Their order is that of
+          `graph.input_names(number)`.
+
+        **Returns:** the new `h`, an array (units, slots).
+
+        **Raises:** `ValueError` if `h` or an input has another shape.
+
+        !!! example
+
+            ```python
+            group = graph.groups[0]
+            found = eqx_etrace.jacobians(graph, params, state, x)
+            new_h = group.transition(group.concat(state), found.inputs[0])
+            ```
+        """
+        env = self._given(inputs)
+        new = self.local_step(env, self._place(h, env), held=env)
+        return self.stack(self.read(dict(zip(self.own, new, strict=True))))
+
+    def diagonal_jacobian(
+        self, h: Shaped[Array, "units slots"], inputs: Sequence[Any]
+    ) -> Shaped[Array, "units slots slots"]:
+        r"""The derivative of `transition` by each unit's own old state.
+
+        All of it is in there: the units do not act on each other in the local program.
+        It is the total derivative, paths from one new slot of a unit to another within
+        the step included: $(1 - L)^{-1} D$ with the direct derivatives $D$ by the old
+        and $L$ by the new slots. It costs one reverse pass per slot.
+
+        **Arguments:** as for `transition`.
+
+        **Returns:** an array (units, slots, slots) with entry [u, s', s] the
+        derivative of the new slot s' of unit u by its old slot s.
+
+        !!! example
+
+            ```python
+            group = graph.groups[0]
+            found = eqx_etrace.jacobians(graph, params, state, x)
+            D = group.diagonal_jacobian(group.concat(state), found.inputs[0])
+            ```
+        """
+        env = self._given(inputs)
+        old = self._place(h, env)
+
+        def local(old: list[Any], at_door: list[Any]) -> list[Any]:
+            return self.local_step(env, old, at_door=at_door, held=env)
+
+        _, pull = jax.vjp(local, old, [jnp.zeros_like(leaf) for leaf in old])
+        direct, within = [], []
+        for slot in range(self.slots):
+            of_old, of_door = pull(self.seed(slot))
+            direct.append(self.read(dict(zip(self.own, of_old, strict=True))))
+            within.append(self.read(dict(zip(self.own, of_door, strict=True))))
+        rows = same_step_total(direct, within, self.order)
+        return jnp.stack([self.stack(row) for row in rows], axis=1)
+
+    def stack(self, slots: Sequence[Any]) -> Shaped[Array, "units slots"]:
+        """Vectors over units side by side; None is zero."""
+        zero = jnp.zeros(self.units, self.dtype)
+        columns = [zero if v is None else v.astype(self.dtype) for v in slots]
+        return jnp.stack(columns, axis=1)
+
+    def _check_leaf(self, slot: int, found: Mapping[str, Any]) -> None:
+        path = self.leaves[slot]
+        leaf: Any = found.get(path)
+        spec = Aval(self.shapes[slot], self.dtypes[slot])
+        fits = is_array_like(leaf) and jnp.shape(leaf) == spec.shape
+        if not fits or dtype_of(leaf) != spec.dtype:
+            got = "nothing" if path not in found else describe(leaf)
+            remedy = (
+                "Pass a state of one sample like the one the graph was compiled for; "
+                "map a batch with `jax.vmap`."
+            )
+            raise ValueError(sentence(path, got, str(spec), remedy))
+
+    def _check_h(self, h: Any) -> None:
+        if jnp.shape(h) != (self.units, self.slots):
+            expected = f"an array of shape ({self.units}, {self.slots})"
+            remedy = "Make it with `group.concat(state)`; map a batch with `jax.vmap`."
+            raise ValueError(sentence("h", describe(h), expected, remedy))
+
+    def _given(self, inputs: Sequence[Any]) -> dict[int, Any]:
+        """The inputs by the numbers of their values."""
+        remedy = "Pass `jacobians(...).inputs[number]` of this group."
+        expected = f"{len(self.reads)} arrays"
+        if not isinstance(inputs, tuple | list):
+            raise ValueError(sentence("inputs", describe(inputs), expected, remedy))
+        if len(inputs) != len(self.reads):
+            raise ValueError(sentence("inputs", str(len(inputs)), expected, remedy))
+        for i, (value, spec) in enumerate(zip(inputs, self.input_specs, strict=True)):
+            if not is_array_like(value) or jnp.shape(value) != spec.shape:
+                where = f"inputs[{i}]"
+                raise ValueError(sentence(where, describe(value), str(spec), remedy))
+        return dict(zip(self.reads, inputs, strict=True))
+
+    def _place(self, h: Any, env: Mapping[int, Any]) -> list[Any]:
+        """The own old leaves with the slots from `h`, the rest of them from `env`."""
+        self._check_h(h)
+        leaves = {}
+        for position, ref in zip(self.own, self.old, strict=True):
+            first = self.slot_leaf.index(position)
+            zero = jnp.zeros(self.shapes[first], self.dtypes[first])
+            leaves[position] = env.get(ref, zero)
+        for slot, position in enumerate(self.slot_leaf):
+            leaves[position] = self._write(slot, h, leaves[position])
+        return list(leaves.values())
+
+    def _write(self, slot: int, h: Any, leaf: Any) -> Any:
+        values, index = h[:, slot].astype(leaf.dtype), self.index[slot]
+        if index is None:
+            return values.reshape(leaf.shape)
+        return leaf.reshape(-1).at[index].set(values).reshape(leaf.shape)
 
     def read(
         self, leaves: Mapping[int, Shaped[Array, "..."]]
@@ -109,32 +328,27 @@ class HiddenGroup(eqx.Module):
         self,
         env: Mapping[int, Any],
         old: Sequence[Any],
-        at_use: Sequence[Any],
-        at_door: Sequence[Any],
+        at_use: Sequence[Any] = (),
+        at_door: Sequence[Any] = (),
+        held: Mapping[int, Any] | None = None,
     ) -> list[Any]:
         """The own leaves' new state in the local program.
 
         `at_use` is added to the values of the uses. What reads the new state of the
         own leaves within the step reads it plus `at_door`, and through that alone:
         the derivatives are the direct ones. `env` holds weights, constants, context.
+        What is read through a cut edge does not move, or is `held` at another value.
         """
-        tap = {ref: _add(change) for ref, change in zip(self.uses, at_use, strict=True)}
+        pairs = zip(self.uses, at_use, strict=True) if at_use else ()
+        tap = {ref: _add(change) for ref, change in pairs}
         start = dict(env) | dict(zip(self.old, old, strict=True))
         for ref in self.context:
             if ref in tap:
                 start[ref] = tap[ref](start[ref])
-        edge: dict[Edge, Callable[[Any], Any]]
-        edge = dict.fromkeys(self.cut, jax.lax.stop_gradient)
-        for key, mask in zip(self.masked, self.masks, strict=True):
-            edge[key] = _masked_stop(mask)
-        for key, door in self.at_doors:
+        edge = self._cut_edges(held)
+        for key, door in self.at_doors if at_door else ():
             edge[key] = _read_door(at_door[door], edge.get(key))
-        through = {
-            equation.index: ft.partial(own_product, equation, k, pairs)
-            for (equation, k), pairs in zip(
-                self.own_products, self.own_pairs, strict=True
-            )
-        }
+        through = self._own_products(held)
         env = evaluate(self.equations, start, edge=edge, tap=tap, through=through)
         return [env[ref] for ref in self.doors]
 
@@ -150,6 +364,31 @@ class HiddenGroup(eqx.Module):
         env = evaluate(self.whole or (), start, tap=tap)
         return [env[ref] for ref in self.doors]
 
+    def _cut_edges(
+        self, held: Mapping[int, Any] | None
+    ) -> dict[Edge, Callable[[Any], Any]]:
+        masks: dict[Edge, Any] = dict.fromkeys(self.cut)
+        masks |= zip(self.masked, self.masks, strict=True)
+        inputs = {equation.index: equation.inputs for equation in self.equations}
+        return {
+            (index, k): _stop(mask, None if held is None else held[inputs[index][k]])
+            for (index, k), mask in masks.items()
+        }
+
+    def _own_products(
+        self, held: Mapping[int, Any] | None
+    ) -> dict[int, Callable[[list[Any]], list[Any]]]:
+        found = {}
+        products = zip(self.own_products, self.own_pairs, strict=True)
+        for (equation, k), pairs in products:
+            cut = None if held is None else held[equation.inputs[k]]
+            found[equation.index] = ft.partial(own_product, equation, k, pairs, cut)
+        return found
+
+    def __repr__(self) -> str:
+        leaves = ", ".join(self.leaves)
+        return f"HiddenGroup({self.units} units x {self.slots} slots: {leaves})"
+
 
 def _add(change: Any) -> Callable[[Any], Any]:
     return lambda value: value + change
@@ -163,145 +402,11 @@ def _read_door(change: Any, then: Callable[[Any], Any] | None) -> Callable[[Any]
     return read
 
 
-def _masked_stop(mask: Any):
+def _stop(mask: Any | None, held: Any | None) -> Callable[[Any], Any]:
+    """Cut an edge, in whole or where the mask says so."""
+
     def stop(value: Any) -> Any:
-        return jnp.where(mask, jax.lax.stop_gradient(value), value)
+        fixed = jax.lax.stop_gradient(value if held is None else held)
+        return fixed if mask is None else jnp.where(mask, fixed, value)
 
     return stop
-
-
-def local_equations(
-    program: Program,
-    start: Sequence[int],
-    doors: Sequence[int],
-    cuts: Mapping[Edge, Any],
-) -> tuple[Equation, ...]:
-    """The equations through which `start` acts on `doors`, uncut edges only."""
-    local, _ = flow(program, start, cuts=dict(cuts))
-    needed, kept = set(doors), []
-    for equation in reversed(program.equations):
-        if not needed.intersection(equation.outputs):
-            continue
-        through = {
-            ref
-            for k, ref in equation.operands
-            if ref in local and not _whole(cuts.get((equation.index, k)))
-        }
-        if through and equation.differentiable:
-            kept.append(equation)
-            needed |= through
-    return tuple(kept[::-1])
-
-
-def _whole(cut: Any) -> bool:
-    return cut is not None and bool(cut.all())
-
-
-def make_group(
-    program: Program,
-    hidden: Hidden,
-    units: Units,
-    locality: Locality,
-    number: int,
-    uses: Sequence[int],
-    paths: Sequence[str],
-) -> HiddenGroup:
-    """Build group `number` with the uses related to it."""
-    table = units.elements[number]
-    offsets = hidden.offsets
-    leaf_of = np.searchsorted(offsets, table[0], side="right") - 1
-    index, matrices = [], {"old": [], "doors": []}
-    for slot, leaf in enumerate(leaf_of):
-        places = table[:, slot] - offsets[leaf]
-        whole = np.array_equal(places, np.arange(offsets[leaf + 1] - offsets[leaf]))
-        index.append(None if whole else jnp.asarray(places, jnp.int32))
-        for name, refs in (("old", hidden.old), ("doors", hidden.doors)):
-            bits = locality.bits.get(refs[leaf])
-            mine = None if bits is None else bits[places]
-            matrices[name].append((mine, np.full(places.size, slot)))
-    own = tuple(sorted({int(leaf) for leaf in leaf_of}))
-    old = tuple(hidden.old[leaf] for leaf in own)
-    doors = tuple(hidden.doors[leaf] for leaf in own)
-    start = [*old, *doors, *uses]
-    equations = local_equations(program, start, doors, locality.closed)
-    far = locality.scope == "unit" and several_hops(
-        program, locality, old, frozenset(doors)
-    )
-    whole = local_equations(program, [*old, *uses], doors, {}) if far else None
-    edges = [
-        (edge, cut)
-        for equation in equations
-        for k in range(len(equation.inputs))
-        if (cut := locality.closed.get(edge := (equation.index, k))) is not None
-    ]
-    kept = [
-        ((equation, k), locality.own[edge])
-        for equation in equations
-        for k in range(len(equation.inputs))
-        if (edge := (equation.index, k)) in locality.own
-    ]
-    slot_door = [hidden.doors[leaf] for leaf in leaf_of]
-    written = {r: e.index for e in program.equations for r in e.outputs}
-    partial = [(edge, cut) for edge, cut in edges if not _whole(cut)]
-    return HiddenGroup(
-        units=table.shape[0],
-        slots=table.shape[1],
-        leaves=tuple(str(paths[hidden.leaves[leaf]]) for leaf in leaf_of),
-        transition_matrix=_all_true(table.shape[1])
-        if far
-        else slot_matrix(matrices["old"], table.shape[1]),
-        within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
-        order=tuple(sorted(range(len(leaf_of)), key=lambda s: written[slot_door[s]])),
-        silent=tuple(_is_silent(program, locality, ref, doors) for ref in slot_door),
-        slot_leaf=tuple(int(leaf) for leaf in leaf_of),
-        shapes=tuple(hidden.shapes[leaf] for leaf in leaf_of),
-        dtypes=tuple(program.avals[hidden.doors[leaf]].dtype for leaf in leaf_of),
-        index=tuple(index),
-        old=old,
-        doors=doors,
-        own=own,
-        uses=tuple(uses),
-        equations=equations,
-        context=tuple(
-            sorted(_read(equations, doors, old) | _read(whole or (), doors, old))
-        ),
-        at_doors=tuple(
-            ((equation.index, k), doors.index(ref))
-            for equation in equations
-            for k, ref in equation.operands
-            if ref in doors
-        ),
-        cut=tuple(edge for edge, cut in edges if _whole(cut)),
-        masked=tuple(edge for edge, _ in partial),
-        masks=tuple(_mask(program, edge, cut) for edge, cut in partial),
-        own_products=tuple(product for product, _ in kept),
-        own_pairs=tuple(pairs.arrays() for _, pairs in kept),
-        whole=whole,
-    )
-
-
-def _read(
-    equations: Sequence[Equation], doors: Sequence[int], old: Sequence[int]
-) -> set[int]:
-    """What some equations, and the doors, read from elsewhere."""
-    made = {ref for equation in equations for ref in equation.outputs}
-    read = {ref for equation in equations for ref in equation.values}
-    return (read | set(doors)) - made - set(old)
-
-
-def _all_true(slots: int) -> tuple[tuple[bool, ...], ...]:
-    return ((True,) * slots,) * slots
-
-
-def _is_silent(
-    program: Program, locality: Locality, door: int, doors: Sequence[int]
-) -> bool:
-    others = frozenset(doors) - {door}
-    reached, met = flow(program, [door], blocked=others, cuts=dict(locality.cuts))
-    seen = [ref for ref in program.outputs if ref in reached - others]
-    return seen == [door] and not met
-
-
-def _mask(program: Program, edge: Edge, cut: Any) -> Any:
-    ref = program.equations[edge[0]].inputs[edge[1]]
-    return jnp.asarray(np.reshape(cut, program.avals[ref].shape))

@@ -83,8 +83,10 @@ def run(
     *,
     at_door: Sequence[Any] | None = None,
     edge: Mapping[Edge, Callable[[Any], Any]] | None = None,
+    keep: Sequence[int] | None = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """One step of the full program: new state, output, and the saved values."""
+    """One step of the full program: new state, output, and the values to keep, those
+    of `graph.saved` unless others are named."""
     first = graph.param_leaves.count
     env = dict(shared) | dict(
         zip(graph.program.inputs[first:], (*state, *x), strict=True)
@@ -96,7 +98,8 @@ def run(
     env = evaluate(graph.body, env, edge=edge, tap=tap)
     count = graph.state_leaves.parts.count
     outputs = [env[ref] for ref in graph.program.outputs]
-    return outputs[:count], outputs[count:], [env[ref] for ref in graph.saved]
+    kept = graph.saved if keep is None else keep
+    return outputs[:count], outputs[count:], [env[ref] for ref in kept]
 
 
 def _add(change: Any) -> Callable[[Any], Any]:

@@ -82,11 +82,13 @@ def own_product(
     equation: Equation,
     k: int,
     pairs: tuple[Int[Array, " pairs"], ...],
+    held: Any | None,
     args: list[Any],
 ) -> list[Any]:
-    """The equation, of which operand k is cut but for its own pairs."""
+    """The equation, of which operand k does not move, or is `held` at another value,
+    but for its own pairs."""
     y, z, w = pairs
-    cut = jax.lax.stop_gradient(args[k])
+    cut = jax.lax.stop_gradient(args[k] if held is None else held)
     weight = jnp.asarray(args[1 - k]).reshape(-1)[w]
     change = weight * (args[k] - cut).reshape(-1)[z]
     (value,) = bind(equation, [cut if i == k else arg for i, arg in enumerate(args)])

@@ -42,6 +42,12 @@ class UnitMap(eqx.Module):
         index = jnp.asarray(self.index)
         return jnp.where(index >= 0, v[index], jnp.zeros((), v.dtype))
 
+    def positions(self) -> Int[Array, "..."]:
+        """Per element of y the unit it feeds, -1 for none."""
+        if self.index is not None:
+            return self.index
+        return self.spread(jnp.arange(self.units, dtype=jnp.int32))
+
 
 def unit_map(positions: Labels, units: int, shape: tuple[int, ...]) -> UnitMap:
     """The cheapest description of `positions`, the unit of each element of y."""
@@ -59,13 +65,27 @@ def unit_map(positions: Labels, units: int, shape: tuple[int, ...]) -> UnitMap:
 class Relation(eqx.Module):
     """One use of a weight and the hidden group whose units it feeds.
 
+    A use is an equation y = op(..., w, ...) of the step; w may be a param or anything
+    computed from params alone. A relation keeps one trace per slot that it can reach.
+
     **Attributes:**
 
     - `weight`: the key paths of the params that the weight is computed from.
-    - `group`: the number of the hidden group.
-    - `slots`: the slots of the group that keep a trace, in the order of the group.
-    - `op`: the op rule, which knows the layout of the trace.
+    - `group`: the number of the hidden group in `graph.groups`.
+    - `slots`: the slots of the group that keep a trace, in the order of the trace.
+    - `op`: the op rule, which knows the layout of the trace; `op.name` says which.
     - `source`: the line of code of the use.
+    - `weight_shape`, `y_shape`, `trace_shape`: shapes of the weight as it is used, of
+      y, and of the trace of one slot and one sample.
+    - `units`: for each element of y the unit that it feeds, -1 for none.
+    - `name`: the key paths in one string.
+
+    !!! example
+
+        ```python
+        for relation in graph.relations:
+            print(relation.name, relation.y_shape, graph.groups[relation.group].leaves)
+        ```
     """
 
     weight: tuple[str, ...] = eqx.field(static=True)
@@ -92,6 +112,22 @@ class Relation(eqx.Module):
     def name(self) -> str:
         return " * ".join(self.weight) or "a constant"
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.op.weight_shape
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return self.map.shape
+
+    @property
+    def trace_shape(self) -> tuple[int, ...]:
+        return self.op.trace_shape
+
+    @property
+    def units(self) -> Int[Array, "..."]:
+        return self.map.positions()
+
     def expand(self, v: Shaped[Array, " units"]) -> Shaped[Array, "..."]:
         """A vector over units, shaped so that it multiplies a trace."""
         return self.op.expand(self.map.spread(v))
@@ -100,6 +136,14 @@ class Relation(eqx.Module):
         """Bytes of the trace of one sample."""
         size = int(np.prod(self.op.trace_shape, dtype=np.int64))
         return sum(size * np.dtype(dtype).itemsize for dtype in self.trace_dtypes)
+
+    def __repr__(self) -> str:
+        where = f", {self.source}" if self.source else ""
+        return (
+            f"Relation({self.name} {list(self.weight_shape)} -> y "
+            f"{list(self.y_shape)} -> group {self.group}; {self.op.name} trace "
+            f"{list(self.trace_shape)} on slots {list(self.slots)}{where})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

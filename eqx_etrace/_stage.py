@@ -109,6 +109,18 @@ def named_leaves(
     return [((name + jtu.keystr(path)).lstrip(".") or "model", x) for path, x in flat]
 
 
+def named_parts(name: str, tree: PyTree) -> list[tuple[str, Any]]:
+    """The same with the two parts of a complex leaf in its place."""
+    found = []
+    for path, leaf in named_leaves(name, tree):
+        if is_array_like(leaf) and _is_complex(leaf):
+            leaf = jnp.asarray(leaf)
+            found += [(f"{path}.real", leaf.real), (f"{path}.imag", leaf.imag)]
+        else:
+            found.append((path, leaf))
+    return found
+
+
 def leaf_table(name: str, tree: PyTree, drop_batch: bool = False) -> Leaves:
     """Read a pytree of arrays, shape structs or Python numbers into a table."""
     named = named_leaves(name, tree)

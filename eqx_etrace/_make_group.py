@@ -1,0 +1,161 @@
+"""From what the compiler found to a `HiddenGroup`: the local program of its units."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._group import HiddenGroup
+from ._hidden import Hidden
+from ._jaxpr import Equation, Program
+from ._locality import Edge, Locality, flow, several_hops, slot_matrix
+from ._units import Units
+
+
+def local_equations(
+    program: Program,
+    start: Sequence[int],
+    doors: Sequence[int],
+    cuts: Mapping[Edge, Any],
+) -> tuple[Equation, ...]:
+    """The equations through which `start` acts on `doors`, uncut edges only."""
+    local, _ = flow(program, start, cuts=dict(cuts))
+    needed, kept = set(doors), []
+    for equation in reversed(program.equations):
+        if not needed.intersection(equation.outputs):
+            continue
+        through = {
+            ref
+            for k, ref in equation.operands
+            if ref in local and not _whole(cuts.get((equation.index, k)))
+        }
+        if through and equation.differentiable:
+            kept.append(equation)
+            needed |= through
+    return tuple(kept[::-1])
+
+
+def _whole(cut: Any) -> bool:
+    return cut is not None and bool(cut.all())
+
+
+def make_group(
+    program: Program,
+    hidden: Hidden,
+    units: Units,
+    locality: Locality,
+    number: int,
+    uses: Sequence[int],
+    paths: Sequence[str],
+) -> HiddenGroup:
+    """Build group `number` with the uses related to it."""
+    table = units.elements[number]
+    offsets = hidden.offsets
+    leaf_of = np.searchsorted(offsets, table[0], side="right") - 1
+    index, matrices = [], {"old": [], "doors": []}
+    for slot, leaf in enumerate(leaf_of):
+        places = table[:, slot] - offsets[leaf]
+        whole = np.array_equal(places, np.arange(offsets[leaf + 1] - offsets[leaf]))
+        index.append(None if whole else jnp.asarray(places, jnp.int32))
+        for name, refs in (("old", hidden.old), ("doors", hidden.doors)):
+            bits = locality.bits.get(refs[leaf])
+            mine = None if bits is None else bits[places]
+            matrices[name].append((mine, np.full(places.size, slot)))
+    own = tuple(sorted({int(leaf) for leaf in leaf_of}))
+    old = tuple(hidden.old[leaf] for leaf in own)
+    doors = tuple(hidden.doors[leaf] for leaf in own)
+    start = [*old, *doors, *uses]
+    equations = local_equations(program, start, doors, locality.closed)
+    far = locality.scope == "unit" and several_hops(
+        program, locality, old, frozenset(doors)
+    )
+    whole = local_equations(program, [*old, *uses], doors, {}) if far else None
+    edges = [
+        (edge, cut)
+        for equation in equations
+        for k in range(len(equation.inputs))
+        if (cut := locality.closed.get(edge := (equation.index, k))) is not None
+    ]
+    kept = [
+        ((equation, k), locality.own[edge])
+        for equation in equations
+        for k in range(len(equation.inputs))
+        if (edge := (equation.index, k)) in locality.own
+    ]
+    slot_door = [hidden.doors[leaf] for leaf in leaf_of]
+    written = {r: e.index for e in program.equations for r in e.outputs}
+    partial = [(edge, cut) for edge, cut in edges if not _whole(cut)]
+    context = _read(equations, doors, old) | _read(whole or (), doors, old)
+    held = {program.equations[index].inputs[k] for (index, k), _ in edges}
+    held |= {equation.inputs[k] for (equation, k), _ in kept}
+    reads = tuple(sorted(context | held | _shared(hidden, leaf_of, table.shape[0])))
+    return HiddenGroup(
+        units=table.shape[0],
+        slots=table.shape[1],
+        leaves=tuple(str(paths[hidden.leaves[leaf]]) for leaf in leaf_of),
+        transition_matrix=_all_true(table.shape[1])
+        if far
+        else slot_matrix(matrices["old"], table.shape[1]),
+        within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
+        order=tuple(sorted(range(len(leaf_of)), key=lambda s: written[slot_door[s]])),
+        silent=tuple(_is_silent(program, locality, ref, doors) for ref in slot_door),
+        slot_leaf=tuple(int(leaf) for leaf in leaf_of),
+        shapes=tuple(hidden.shapes[leaf] for leaf in leaf_of),
+        dtypes=tuple(program.avals[hidden.doors[leaf]].dtype for leaf in leaf_of),
+        index=tuple(index),
+        old=old,
+        doors=doors,
+        own=own,
+        uses=tuple(uses),
+        equations=equations,
+        context=tuple(sorted(context)),
+        at_doors=tuple(
+            ((equation.index, k), doors.index(ref))
+            for equation in equations
+            for k, ref in equation.operands
+            if ref in doors
+        ),
+        reads=reads,
+        input_specs=tuple(program.avals[ref] for ref in reads),
+        cut=tuple(edge for edge, cut in edges if _whole(cut)),
+        masked=tuple(edge for edge, _ in partial),
+        masks=tuple(_mask(program, edge, cut) for edge, cut in partial),
+        own_products=tuple(product for product, _ in kept),
+        own_pairs=tuple(pairs.arrays() for _, pairs in kept),
+        whole=whole,
+    )
+
+
+def _read(
+    equations: Sequence[Equation], doors: Sequence[int], old: Sequence[int]
+) -> set[int]:
+    """What some equations, and the doors, read from elsewhere."""
+    made = {ref for equation in equations for ref in equation.outputs}
+    read = {ref for equation in equations for ref in equation.values}
+    return (read | set(doors)) - made - set(old)
+
+
+def _all_true(slots: int) -> tuple[tuple[bool, ...], ...]:
+    return ((True,) * slots,) * slots
+
+
+def _shared(hidden: Hidden, leaf_of: Any, units: int) -> set[int]:
+    """The old leaves of which some elements belong to another group."""
+    sizes = np.diff(hidden.offsets)
+    found = {int(i) for i in leaf_of if (leaf_of == i).sum() * units < sizes[i]}
+    return {hidden.old[leaf] for leaf in found}
+
+
+def _is_silent(
+    program: Program, locality: Locality, door: int, doors: Sequence[int]
+) -> bool:
+    others = frozenset(doors) - {door}
+    reached, met = flow(program, [door], blocked=others, cuts=dict(locality.cuts))
+    seen = [ref for ref in program.outputs if ref in reached - others]
+    return seen == [door] and not met
+
+
+def _mask(program: Program, edge: Edge, cut: Any) -> Any:
+    ref = program.equations[edge[0]].inputs[edge[1]]
+    return jnp.asarray(np.reshape(cut, program.avals[ref].shape))
