@@ -1,0 +1,222 @@
+"""What a case of the catalogue is, and the gradients that it is checked against.
+
+A case is a function `step(p, x, state, taps) -> (out, state)` of one time step, with
+the places where the local program cuts marked by hand: `taps.recur` is put on the old
+hidden state where it enters a recurrent mixing op, `taps.leave` on any other value on
+its way from one unit to another. Without taps it is the model, with taps that stop
+gradients its local program. From the two, autodiff alone gives what each form of the
+online gradient has to be:
+
+| oracle | gradient of |
+|---|---|
+| bptt | the model: its recurrence is local, no tap is used |
+| twin | the local program (single-step, one layer) |
+| twin+now | the same, and of what the taps cut within the step that is under way |
+| multi | outputs of the model, from states of the local program (multi-step, window 1) |
+| dense | the explicit matrices of `oracles.dense_reference`, by `groups` |
+| one step | a step alone: nothing better is known, a comment says why |
+
+Nothing in this file uses the library under test.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+from models import PLAIN, Groups, Taps, random_state
+from oracles import bptt, dense_reference, one_step
+
+
+N, IN, STEPS = 6, 4, 7
+KINDS = 5
+"""Integer inputs are drawn below this."""
+CUT = Taps(recur=jax.lax.stop_gradient, leave=jax.lax.stop_gradient)
+CHECKS = ("structure", "one step", "sequence", "nothing left out")
+
+
+def everything(why: str) -> dict[str, str]:
+    """For `pending`, where the model does not compile."""
+    return dict.fromkeys(CHECKS, why)
+
+
+class Model(eqx.Module):
+    p: PyTree
+    step: Callable = eqx.field(static=True)
+    cut: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, x, state):
+        return self.run(x, state, CUT if self.cut else PLAIN)
+
+    def run(self, x, state, taps):
+        return self.step(self.p, x, state, taps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """**Arguments:**
+
+    - `step(p, x, state, taps)`: one time step.
+    - `make(key)` gives `p` and a state; the state is then drawn at random.
+    - `x`: an example of the input; floating-point leaves are drawn from a normal
+      distribution, integers below `KINDS`.
+    - `oracle`: see the head of this file.
+    - `units`: (units, slots) of each hidden group.
+    - `vjp`: the form that the compiler has to choose.
+    - `ops`: for a key path in `p`, the op rules of the relations of that param.
+    - `groups`: for the oracle "dense", as in `models.Case`.
+    - `zero`: key paths in `p` of params whose gradient is zero; no other may be.
+    - `trainable`: (predicate or filter spec of the model), None for all.
+    - `options`: further arguments of `compile`.
+    - `pending`: per check, why the library fails it today.
+    """
+
+    step: Callable[..., Any]
+    make: Callable[[PRNGKeyArray], tuple[PyTree, PyTree]]
+    x: PyTree
+    oracle: str
+    units: list[tuple[int, int]]
+    vjp: str = "single-step"
+    ops: Mapping[str, set[str]] = dataclasses.field(default_factory=dict)
+    groups: Groups = ()
+    zero: tuple[str, ...] = ()
+    trainable: Callable[[Model], PyTree] | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pending: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+Table = dict[str, Case]
+
+
+def zeros(*shape: int) -> jax.Array:
+    return jnp.zeros(shape)
+
+
+def leaky(h, drive):
+    """A unit whose own derivative is neither zero nor constant."""
+    return 0.6 * h + jnp.tanh(drive - 0.4 * h)
+
+
+def normal(*shape: int, scale: float = 0.6) -> Callable[[PRNGKeyArray], jax.Array]:
+    return lambda key: scale * jax.random.normal(key, shape)
+
+
+def around(centre: float, *shape: int) -> Callable[[PRNGKeyArray], jax.Array]:
+    return lambda key: centre + 0.3 * jax.random.normal(key, shape)
+
+
+def draw(specs: Mapping[str, Any], key: PRNGKeyArray) -> dict[str, Any]:
+    """Params by name, each from a shape or from a function of a key."""
+    keys = jax.random.split(key, len(specs))
+    pairs = zip(specs.items(), keys, strict=True)
+    return {
+        name: (normal(*spec) if isinstance(spec, tuple) else spec)(key)
+        for (name, spec), key in pairs
+    }
+
+
+def table_of_cases() -> tuple[Table, Callable[..., Callable]]:
+    """An empty table, and a decorator that makes a case of a step and adds it under
+    the name of the step. Besides the fields of `Case` it takes `params`, as for
+    `draw`, and `state`, in place of `make`."""
+    table: Table = {}
+
+    def case(*, params=None, state=None, **fields):
+        def make(key):
+            return draw(params or {}, key), state
+
+        def add(step):
+            name = step.__name__.lstrip("_")
+            assert name not in table, name
+            table[name] = Case(step, **({"make": make, "x": zeros(IN)} | fields))
+            return step
+
+        return add
+
+    return table, case
+
+
+def inputs(key: PRNGKeyArray, example: PyTree, steps: int) -> PyTree:
+    leaves, treedef = jax.tree.flatten(example)
+    keys = jax.random.split(key, len(leaves))
+
+    def some(key, leaf):
+        shape = (steps, *leaf.shape)
+        if eqx.is_inexact_array(leaf):
+            return 1.5 * jax.random.normal(key, shape, leaf.dtype)
+        return jax.random.randint(key, shape, 0, KINDS)
+
+    drawn = [some(k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def loss(out: PyTree, target) -> Any:
+    return sum(jnp.sum((leaf - target) ** 2) for leaf in jax.tree.leaves(out))
+
+
+def problem(case: Case) -> tuple[Model, PyTree, PyTree, jax.Array]:
+    """(model, random state, inputs, targets)."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    p, state = case.make(keys[0])
+    state = random_state(keys[1], state)
+    xs = inputs(keys[2], case.x, STEPS)
+    return Model(p, case.step), state, xs, jax.random.normal(keys[3], (STEPS,))
+
+
+# The oracles.
+
+
+class _Now(eqx.Module):
+    """A step from a state that no gradient passes."""
+
+    model: Model
+
+    def __call__(self, x, state):
+        inexact, rest = eqx.partition(state, eqx.is_inexact_array)
+        return self.model(x, eqx.combine(jax.lax.stop_gradient(inexact), rest))
+
+
+class _Mixed(eqx.Module):
+    """The outputs of the model, and the new state of its local program."""
+
+    model: Model
+
+    def __call__(self, x, state):
+        out, _ = self.model.run(x, state, PLAIN)
+        _, state = self.model.run(x, state, CUT)
+        return out, state
+
+
+def first_step(case: Case) -> Model:
+    model, state, xs, ts = problem(case)
+    return one_step(model, state, jax.tree.map(lambda a: a[0], xs), ts[0], loss)
+
+
+def by_autodiff(case: Case) -> Model:
+    model, *data = problem(case)
+    return bptt(model, *data, loss)
+
+
+def sequence(case: Case) -> Model | None:
+    """The gradient of the whole sequence, None where there is no oracle for it."""
+    model, *data = problem(case)
+    twin = Model(model.p, model.step, cut=True)
+    if case.oracle == "bptt":
+        return bptt(model, *data, loss)
+    if case.oracle == "twin":
+        return Model(bptt(twin, *data, loss).p, model.step)
+    if case.oracle == "twin+now":
+        past = bptt(twin, *data, loss).p
+        now, less = (bptt(_Now(m), *data, loss).model.p for m in (model, twin))
+        total = jax.tree.map(lambda a, b, c: a + (b - c), past, now, less)
+        return Model(total, model.step)
+    if case.oracle == "multi":
+        return bptt(_Mixed(model), *data, loss).model
+    if case.oracle == "dense":
+        forms = dense_reference(model, *data, case.groups, loss)
+        return jax.tree.map(lambda g: g.sum(0), forms[case.vjp])
+    assert case.oracle == "one step", case.oracle
+    return None
