@@ -2,13 +2,23 @@
 
 import jax.numpy as jnp
 from catalogue_case import Case, Table
+from catalogue_control import CONTROL
+from catalogue_coupling import COUPLING
 from catalogue_operators import OPERATORS
 from catalogue_products import PRODUCTS
+from catalogue_structure import STRUCTURE
 from catalogue_weights import WEIGHTS
 from models import MODELS, PLAIN
 
 
-OWN: Table = {**PRODUCTS, **OPERATORS, **WEIGHTS}
+OWN: Table = {
+    **PRODUCTS,
+    **OPERATORS,
+    **WEIGHTS,
+    **STRUCTURE,
+    **COUPLING,
+    **CONTROL,
+}
 
 
 def _of_models(name: str) -> Case:

@@ -3,7 +3,16 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from catalogue_case import IN, N, around, everything, leaky, normal, table_of_cases, zeros
+from catalogue_case import (
+    IN,
+    N,
+    around,
+    everything,
+    leaky,
+    normal,
+    table_of_cases,
+    zeros,
+)
 
 
 PRODUCTS, case = table_of_cases()
@@ -168,6 +177,11 @@ def written_out_product(p, x, h, taps):
     oracle="twin",
     units=[(N, 1)],
     options={"max_slots": N - 1},
+    pending=dict.fromkeys(
+        ("structure", "sequence"),
+        "a product is cut whole where it is summed into another unit, not only the "
+        "state in it, so that its weight gets no trace",
+    ),
 )
 def written_out_product_of_many(p, x, h, taps):
     return _written_out(p, x, h, taps)

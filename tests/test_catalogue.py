@@ -68,7 +68,9 @@ def test_structure(name):
     assert [(group.units, group.slots) for group in graph.groups] == case.units
     assert graph.vjp == case.vjp
     for end, ops in case.ops.items():
-        relations = [r for r in graph.relations if any(w.endswith(end) for w in r.weight)]
+        relations = [
+            r for r in graph.relations if any(w.endswith(end) for w in r.weight)
+        ]
         assert {relation.op.name for relation in relations} == ops, end
 
 
