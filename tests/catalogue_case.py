@@ -12,7 +12,7 @@ online gradient has to be:
 | bptt | the model: its recurrence is local, no tap is used |
 | twin | the local program (single-step, one layer) |
 | twin+now | the same, and of what the taps cut within the step that is under way |
-| multi | outputs of the model, from states of the local program (multi-step, window 1) |
+| multi | the model's outputs, from states of the local program (multi-step) |
 | dense | the explicit matrices of `oracles.dense_reference`, by `groups` |
 | one step | a step alone: nothing better is known, a comment says why |
 

@@ -346,7 +346,9 @@ def loops_over_data(p, x, state, taps):
     state=zeros(N),
     oracle="twin",
     units=[(N, 1)],
-    pending=_refused,
+    pending={
+        "sequence": "the custom derivative of the loop counts as mixing, and cuts all"
+    },
 )
 def equinox_scan(p, x, h, taps):
     drive = p["w"] @ x + p["u"] @ taps.recur(h)

@@ -88,6 +88,7 @@ _drive = (
     units=[(N, 1)],
     options={"max_slots": 2},
     ops={"['w']": {"dense"}},
+    pending=everything(_drive),
 )
 def ring_of_many(p, x, h, taps):
     """The state of the neighbour is added to the drive, before the own state is."""
@@ -243,7 +244,7 @@ def complex_recurrence(p, x, h, taps):
     """modReLU: not holomorphic."""
     z = (p["w"] @ x).astype(h.dtype) + p["u"] @ taps.recur(h) + 0.5 * h
     size = jnp.abs(z)
-    h = jax.nn.relu(size + p["bias"]) / (size + 0.1) * z
+    h = (jax.nn.relu(size + p["bias"]) / (size + 0.1)).astype(z.dtype) * z
     return _parts(h), h
 
 

@@ -130,6 +130,11 @@ def gates_of_a_channel(p, x, state, taps):
 _coupling = np.array([[0.8, 0.1, 0.0], [0.1, 0.7, 0.2], [0.0, 0.2, 0.6]])
 
 
+def _compartments(p, x, h, taps):
+    drive = p["w"] @ x + p["u"] @ taps.recur(h[:, 2])
+    return (h @ _coupling).at[:, 0].add(drive)
+
+
 @case(
     params={"w": (N, IN), "u": (N, N), "leak": around(0.2, N)},
     state=zeros(N, 3),
@@ -138,9 +143,24 @@ _coupling = np.array([[0.8, 0.1, 0.0], [0.1, 0.7, 0.2], [0.0, 0.2, 0.6]])
 )
 def compartments(p, x, h, taps):
     """A fixed coupling of three compartments; the first is driven, the last fires."""
-    drive = p["w"] @ x + p["u"] @ taps.recur(h[:, 2])
-    h = h @ _coupling
-    h = h.at[:, 0].add(drive).at[:, 1].multiply(jax.nn.sigmoid(p["leak"]))
+    h = _compartments(p, x, h, taps) * jax.nn.sigmoid(p["leak"])[:, None]
+    return jnp.tanh(h[:, 2]), jnp.tanh(h)
+
+
+@case(
+    params={"w": (N, IN), "u": (N, N), "leak": around(0.2, N)},
+    state=zeros(N, 3),
+    oracle="twin",
+    units=[(N, 3)],
+    pending=dict.fromkeys(
+        ("structure", "sequence", "nothing left out"),
+        "a product of some elements in place counts as mixing, and cuts all memory",
+    ),
+)
+def multiplied_in_place(p, x, h, taps):
+    """The same with a leak of the compartment in the middle alone."""
+    h = _compartments(p, x, h, taps)
+    h = h.at[:, 1].multiply(jax.nn.sigmoid(p["leak"]))
     return jnp.tanh(h[:, 2]), jnp.tanh(h)
 
 
@@ -156,7 +176,7 @@ def compartments_with_trained_coupling(p, x, h, taps):
     rec = jnp.einsum("nk,jk->nj", taps.recur(h), p["a"])
     drive = jnp.stack([p["w"] @ x, jnp.zeros(N), jnp.zeros(N)], axis=1)
     h = leaky(h, drive + rec)
-    return h[:, 2], h
+    return h.sum(1), h
 
 
 _hippo = -np.tril(np.sqrt(np.outer(*[2 * np.arange(4) + 1.0] * 2)), -1) * 0.1
@@ -179,12 +199,12 @@ def state_space_channels(p, x, h, taps):
 
 @case(
     params={"w": (N, IN), "u": (N, N)},
-    state={"buffer": zeros(3, N), "v": zeros(N)},
+    state={"buffer": zeros(2, N), "v": zeros(N)},
     oracle="twin",
-    units=[(N, 4)],
+    units=[(N, 3)],
 )
 def delay_line(p, x, state, taps):
-    """A shift buffer: what is driven now arrives three steps later."""
+    """A shift buffer: what is driven now arrives two steps later."""
     buffer = state["buffer"]
     v = leaky(state["v"], buffer[-1])
     drive = p["w"] @ x + p["u"] @ taps.recur(state["v"])
@@ -201,10 +221,10 @@ _ring = "a write at an index of the state may reach every place: no trace"
     oracle="bptt",
     units=[(N, 4)],
     ops={"['w']": {"dense"}},
-    pending={"structure": _ring, "sequence": _ring},
+    pending=dict.fromkeys(("structure", "sequence", "nothing left out"), _ring),
 )
 def ring_buffer(p, x, state, taps):
-    """The same delay, by a counter and a buffer that is not moved."""
+    """A delay by a counter and a buffer that is not moved."""
     now = state["count"] % 3
     v = leaky(state["v"], state["buffer"][now] - p["tau"] * state["v"])
     buffer = state["buffer"].at[now].set(p["w"] @ x)
