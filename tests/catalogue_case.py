@@ -20,14 +20,16 @@ Nothing in this file uses the library under test.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
-from models import PLAIN, Groups, Taps, random_state
+from models import PLAIN, Groups, Taps
 from oracles import bptt, dense_reference, one_step
 
 
@@ -55,7 +57,7 @@ class Model(eqx.Module):
         return self.step(self.p, x, state, taps)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """**Arguments:**
 
@@ -100,12 +102,25 @@ def leaky(h, drive):
     return 0.6 * h + jnp.tanh(drive - 0.4 * h)
 
 
+def _rng(key: PRNGKeyArray) -> np.random.Generator:
+    """NumPy's: JAX would compile a sampler for every shape."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
 def normal(*shape: int, scale: float = 0.6) -> Callable[[PRNGKeyArray], jax.Array]:
-    return lambda key: scale * jax.random.normal(key, shape)
+    return lambda key: jnp.asarray(_rng(key).normal(0.0, scale, shape))
 
 
 def around(centre: float, *shape: int) -> Callable[[PRNGKeyArray], jax.Array]:
-    return lambda key: centre + 0.3 * jax.random.normal(key, shape)
+    return lambda key: jnp.asarray(_rng(key).normal(centre, 0.3, shape))
+
+
+def complex_normal(*shape: int) -> Callable[[PRNGKeyArray], jax.Array]:
+    def make(key):
+        re, im = _rng(key).normal(0.0, 0.4, (2, *shape))
+        return jnp.asarray(re + 1j * im)
+
+    return make
 
 
 def draw(specs: Mapping[str, Any], key: PRNGKeyArray) -> dict[str, Any]:
@@ -139,31 +154,31 @@ def table_of_cases() -> tuple[Table, Callable[..., Callable]]:
     return table, case
 
 
-def inputs(key: PRNGKeyArray, example: PyTree, steps: int) -> PyTree:
-    leaves, treedef = jax.tree.flatten(example)
-    keys = jax.random.split(key, len(leaves))
-
-    def some(key, leaf):
-        shape = (steps, *leaf.shape)
-        if eqx.is_inexact_array(leaf):
-            return 1.5 * jax.random.normal(key, shape, leaf.dtype)
-        return jax.random.randint(key, shape, 0, KINDS)
-
-    drawn = [some(k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, drawn)
+def _random(rng: np.random.Generator, leaf: Any, lead: tuple[int, ...], scale: float):
+    """Like `leaf` with the axes `lead` in front; integers below `KINDS`."""
+    shape = (*lead, *leaf.shape)
+    if not eqx.is_inexact_array(leaf):
+        return jnp.asarray(rng.integers(0, KINDS, shape))
+    value = rng.normal(0.0, scale, shape)
+    if jnp.iscomplexobj(leaf):
+        value = value + 1j * rng.normal(0.0, scale, shape)
+    return jnp.asarray(value)
 
 
 def loss(out: PyTree, target) -> Any:
     return sum(jnp.sum((leaf - target) ** 2) for leaf in jax.tree.leaves(out))
 
 
+@functools.cache
 def problem(case: Case) -> tuple[Model, PyTree, PyTree, jax.Array]:
     """(model, random state, inputs, targets)."""
-    keys = jax.random.split(jax.random.key(3), 4)
-    p, state = case.make(keys[0])
-    state = random_state(keys[1], state)
-    xs = inputs(keys[2], case.x, STEPS)
-    return Model(p, case.step), state, xs, jax.random.normal(keys[3], (STEPS,))
+    p, state = case.make(jax.random.key(3))
+    rng = np.random.default_rng(4)
+    drawn, rest = eqx.partition(state, eqx.is_inexact_array)
+    drawn = jax.tree.map(lambda a: _random(rng, a, (), 0.8), drawn)
+    xs = jax.tree.map(lambda a: _random(rng, a, (STEPS,), 1.5), case.x)
+    ts = jnp.asarray(rng.normal(size=STEPS))
+    return Model(p, case.step), eqx.combine(drawn, rest), xs, ts
 
 
 # The oracles.

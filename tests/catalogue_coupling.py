@@ -9,6 +9,7 @@ from catalogue_case import (
     IN,
     N,
     around,
+    complex_normal,
     everything,
     leaky,
     normal,
@@ -191,10 +192,6 @@ def norm_of_pairs_of_the_state(p, x, h, taps):
 _complex = everything("complex states and weights are refused")
 
 
-def _complex_normal(*shape):
-    return lambda key: 0.5 * jax.random.normal(key, shape, jnp.complex128)
-
-
 def _parts(z):
     return jnp.concatenate([z.real, z.imag])
 
@@ -218,8 +215,8 @@ def complex_state_real_weights(p, x, h, taps):
 
 @case(
     params={
-        "b": _complex_normal(N, IN),
-        "c": _complex_normal(3, N),
+        "b": complex_normal(N, IN),
+        "c": complex_normal(3, N),
         "nu": around(-1.0, N),
         "theta": (N,),
     },
@@ -234,7 +231,7 @@ def complex_state_complex_weights(p, x, h, taps):
 
 
 @case(
-    params={"w": (N, IN), "u": _complex_normal(N, N), "bias": (N,)},
+    params={"w": (N, IN), "u": complex_normal(N, N), "bias": (N,)},
     state=jnp.zeros(N, jnp.complex128),
     oracle="twin",
     units=[(N, 1)],
