@@ -170,15 +170,22 @@ def loss(out: PyTree, target) -> Any:
 
 
 @functools.cache
-def problem(case: Case) -> tuple[Model, PyTree, PyTree, jax.Array]:
-    """(model, random state, inputs, targets)."""
+def _drawn(case: Case) -> tuple[Model, tuple[list, Any], PyTree, jax.Array]:
     p, state = case.make(jax.random.key(3))
     rng = np.random.default_rng(4)
     drawn, rest = eqx.partition(state, eqx.is_inexact_array)
     drawn = jax.tree.map(lambda a: _random(rng, a, (), 0.8), drawn)
     xs = jax.tree.map(lambda a: _random(rng, a, (STEPS,), 1.5), case.x)
     ts = jnp.asarray(rng.normal(size=STEPS))
-    return Model(p, case.step), eqx.combine(drawn, rest), xs, ts
+    state = jax.tree.flatten(eqx.combine(drawn, rest))
+    return Model(p, case.step), state, xs, ts
+
+
+def problem(case: Case) -> tuple[Model, PyTree, PyTree, jax.Array]:
+    """(model, random state, inputs, targets)."""
+    model, (leaves, treedef), xs, ts = _drawn(case)
+    # Anew each time: an `eqx.nn.State` may be used only once.
+    return model, jax.tree.unflatten(treedef, leaves), xs, ts
 
 
 # The oracles.
