@@ -219,7 +219,7 @@ def first_step(case: Case) -> Model:
 
 def by_autodiff(case: Case) -> Model:
     model, *data = problem(case)
-    return bptt(model, *data, loss)
+    return bptt(model, *data, loss=loss)
 
 
 def sequence(case: Case) -> Model | None:
@@ -227,18 +227,18 @@ def sequence(case: Case) -> Model | None:
     model, *data = problem(case)
     twin = Model(model.p, model.step, cut=True)
     if case.oracle == "bptt":
-        return bptt(model, *data, loss)
+        return bptt(model, *data, loss=loss)
     if case.oracle == "twin":
-        return Model(bptt(twin, *data, loss).p, model.step)
+        return Model(bptt(twin, *data, loss=loss).p, model.step)
     if case.oracle == "twin+now":
-        past = bptt(twin, *data, loss).p
-        now, less = (bptt(_Now(m), *data, loss).model.p for m in (model, twin))
+        past = bptt(twin, *data, loss=loss).p
+        now, less = (bptt(_Now(m), *data, loss=loss).model.p for m in (model, twin))
         total = jax.tree.map(lambda a, b, c: a + (b - c), past, now, less)
         return Model(total, model.step)
     if case.oracle == "multi":
-        return bptt(_Mixed(model), *data, loss).model
+        return bptt(_Mixed(model), *data, loss=loss).model
     if case.oracle == "dense":
-        forms = dense_reference(model, *data, case.groups, loss)
+        forms = dense_reference(model, *data, groups=case.groups, loss=loss)
         return jax.tree.map(lambda g: g.sum(0), forms[case.vjp])
     assert case.oracle == "one step", case.oracle
     return None

@@ -459,7 +459,7 @@ def sparse_recurrent_two_slots(p, x, state, taps):
 
 
 def _bcoo(data, rows, columns, shape):
-    indices = np.stack([rows, columns], axis=1)
+    indices = jnp.asarray(np.stack([rows, columns], axis=1))
     return sparse.BCOO((data, indices), shape=shape)
 
 
