@@ -76,6 +76,41 @@ def excitation_and_inhibition(p, x, state, taps):
 
 
 @case(
+    params={"w": (N, IN), "down": (N, 1), "up": (1, N), "tau": around(0.3, 1)},
+    state={"e": zeros(N), "i": zeros(1)},
+    oracle="multi",
+    vjp="multi-step",
+    units=[(N, 1), (1, 1)],
+)
+def one_interneuron(p, x, state, taps):
+    """A product that feeds a single unit from many others."""
+    e, i = state["e"], state["i"]
+    drive = p["w"] @ x - p["down"] @ taps.recur(i)
+    i = leaky(i, p["up"] @ taps.recur(e) - p["tau"] * i)
+    return e + i, {"e": leaky(e, drive), "i": i}
+
+
+_drive = "the drive is cut whole because another unit's state was added to it"
+
+
+@case(
+    params={"w": (N, IN), "down": (N,), "up": (N,), "tau": around(0.3)},
+    state={"e": zeros(N), "i": zeros()},
+    oracle="multi",
+    vjp="multi-step",
+    units=[(N, 1), (1, 1)],
+    options={"max_slots": 2},
+    pending=dict.fromkeys(("sequence", "nothing left out"), _drive),
+)
+def one_interneuron_elementwise(p, x, state, taps):
+    """The same, its inhibition spelt as a product of a vector and a number."""
+    e, i = state["e"], state["i"]
+    drive = p["w"] @ x - p["down"] * taps.recur(i)
+    i = leaky(i, p["up"] @ taps.recur(e) - p["tau"] * i)
+    return e + i, {"e": leaky(e, drive), "i": i}
+
+
+@case(
     params={"w": (N, IN), "ab": (N, N), "ba": (N, N), "gain": around(0.4, N)},
     state=(zeros(N), zeros(N)),
     oracle="multi",
