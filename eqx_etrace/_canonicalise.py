@@ -11,7 +11,8 @@ and where a weight or the hidden state passes through:
 | cond, switch | all branches, and a select of their results |
 | scan | unrolled up to `max_unroll`; beyond, kept if it is elementwise |
 | while | kept if it is free of weights, with its derivative in forward mode |
-| x @ A @ B | x @ (A @ B): one weight in place of two |
+| a place in the state that data choose | a comparison with every place (`_indexed`) |
+| x @ A @ B | x @ (A @ B): one weight in place of two (`_low_rank`) |
 
 Where only data passes, control flow stays as it is. Whatever else credit would have to
 pass through is an error, never a silent leaf.
@@ -35,6 +36,7 @@ from ._decision import Decision, Kind
 from ._errors import CompileError
 from ._flatten import Builder, Conversion, flatten, rewrite
 from ._hidden import credit_equations, find_hidden, influence, params_of
+from ._indexed import indexed
 from ._jaxpr import (
     COND,
     CUSTOM,
@@ -231,7 +233,9 @@ def _choose(
 ) -> dict[int, tuple[Conversion, str]]:
     """Control flow first: only then all the products can be seen."""
     found = {
-        equation.index: _converted(equation, max_unroll) or _loop(program, equation)
+        equation.index: _converted(equation, max_unroll)
+        or _loop(program, equation)
+        or indexed(program, equation)
         for equation in credit
     }
     chosen = {index: how for index, how in found.items() if how is not None}

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ._decision import Kind
+from ._hidden import params_of
 from ._jaxpr import Origin, describe_equation
 from ._locality import flow
-from ._relation import find_uses, params_of
+from ._relation import find_uses
 from ._report import Report
 
 

@@ -5,7 +5,8 @@ Unit labels are sent backward from the new state. An element of an operand is *c
 
 - the elements that read it feed several units (the mean of a layer, a recurrent
   product), or
-- it carries the old state of another unit than the one it feeds, or
+- it carries the old state of another unit than the one it feeds (if what a weight adds
+  in this step has been added to that state: at the addition), or
 - it carries any old state and the equation mixes with a weight.
 
 What is left sends every value to one unit only, so one reverse pass with ones on a slot
@@ -28,7 +29,16 @@ from ._custom_types import Labels, Scope
 from ._hidden import Hidden, weighted
 from ._jaxpr import Equation, Origin, Program
 from ._own import OwnPairs, own_pairs
-from ._reads import NONE, SEVERAL, Mixing, Reads, merge, push, push_bits
+from ._reads import (
+    NONE,
+    SEVERAL,
+    Mixing,
+    Reads,
+    any_read,
+    merge,
+    push,
+    push_bits,
+)
 from ._units import Units
 
 
@@ -59,17 +69,44 @@ class Locality:
         return {edge: cut for edge, cut in self.cuts.items() if edge not in self.own}
 
 
+def find_fresh(program: Program, reads: Reads) -> dict[int, Labels]:
+    """Per value, which elements hold what a weight adds in this very step."""
+    fresh: dict[int, Labels] = {}
+    for equation in program.equations:
+        outputs = [r for r in equation.outputs if program.origins[r] is Origin.DATA]
+        if not (equation.differentiable and outputs):
+            continue
+        if weighted(program, equation):
+            for ref in outputs:
+                fresh[ref] = np.ones(program.avals[ref].size, bool)
+            continue
+        for k, ref in equation.operands:
+            if ref not in fresh:
+                continue
+            arrays = zip(equation.outputs, reads(equation, k), strict=True)
+            for out, array in arrays:
+                found = any_read(fresh[ref], array, program.avals[out].size)
+                fresh[out] = fresh.get(out, False) | found
+    return fresh
+
+
+Arrival = tuple[Edge, Labels, Labels]
+"""At an operand: the edge, the units its elements feed there, the slots as bits."""
+
+
 class _Backward:
     def __init__(
         self, program: Program, hidden: Hidden, units: Units, reads: Reads, scope: Scope
     ):
         self.program, self.units, self.reads = program, units, reads
         self.scope = scope
+        self.fresh = find_fresh(program, reads)
         self.own: dict[Edge, OwnPairs] = {}
         self.feeds: dict[int, Labels] = {}
         self.bits: dict[int, Labels] = {}
         self.cuts: dict[Edge, Labels] = {}
         self.seeds: dict[int, Labels] = {}
+        self.arrivals: dict[int, list[Arrival]] = {}
         offsets = hidden.offsets
         for i, ref in enumerate(hidden.doors):
             own = slice(offsets[i], offsets[i + 1])
@@ -82,7 +119,7 @@ class _Backward:
                 outputs = [self.resolve(ref) for ref in equation.outputs]
                 if any(found is not None for found in outputs):
                     self.through(equation, outputs)
-        for ref in list(self.feeds):
+        for ref in list(self.arrivals):
             self.resolve(ref)
         found = (self.feeds, self.bits, self.seeds, self.cuts, self.own)
         return Locality(*found, self.scope)
@@ -92,11 +129,41 @@ class _Backward:
 
         A door passes on its own slot only: what reads the new state is accounted for
         by the derivatives with respect to the door itself."""
+        arrivals = self.arrivals.pop(ref, [])
+        for edge, target, bits in self.settle(ref, arrivals):
+            del edge
+            self.feeds[ref] = merge(self.feeds.get(ref), target)
+            self.bits[ref] = self.bits.get(ref, 0) | bits
         labels = self.feeds.get(ref)
         if labels is None or not self.program.avals[ref].inexact:
             return None
         bits = self.bits.setdefault(ref, np.zeros(labels.size, np.int64))
         return labels, self.seeds.get(ref, bits)
+
+    def settle(self, ref: int, arrivals: list[Arrival]) -> list[Arrival]:
+        """Cut the edges by which a unit's state would reach another unit.
+
+        Where the value also holds what a weight adds in this step, and its own unit
+        does not read it, nothing is cut here: the label goes on, to be cut where the
+        state comes in, so that the weight keeps its path."""
+        carried = self.feeds[ref] if ref in self.seeds else self.units.carried.get(ref)
+        if carried is None:
+            return arrivals
+        fresh = self.fresh.get(ref, np.zeros(carried.size, bool))
+        passes = fresh if ref not in self.seeds else np.zeros(carried.size, bool)
+        for _, target, _ in arrivals:
+            passes = passes & (target != carried)
+        settled = []
+        for edge, target, bits in arrivals:
+            cut = (carried >= 0) & (target >= 0) & (carried != target) & ~passes
+            settled.append(self.cut(edge, cut, target, bits))
+        return settled
+
+    def cut(self, edge: Edge, cut: Labels, target: Labels, bits: Labels) -> Arrival:
+        if cut.any():
+            self.cuts[edge] = self.cuts.get(edge, False) | cut
+            target, bits = np.where(cut, NONE, target), np.where(cut, 0, bits)
+        return edge, target, bits
 
     def through(self, equation: Equation, outputs: list) -> None:
         mixing = self.reads.kind(equation) is Mixing.MIXING
@@ -127,13 +194,8 @@ class _Backward:
         cut = target == SEVERAL
         if carried is not None and product:
             cut |= (carried != NONE) & (target != NONE)
-        elif carried is not None:
-            cut |= (carried >= 0) & (target >= 0) & (carried != target)
-        if cut.any():
-            self.cuts[edge] = cut
-            target, bits = np.where(cut, NONE, target), np.where(cut, 0, bits)
-        self.feeds[ref] = merge(self.feeds.get(ref), target)
-        self.bits[ref] = self.bits.get(ref, 0) | bits
+        arrival = self.cut(edge, cut, target, bits)
+        self.arrivals.setdefault(ref, []).append(arrival)
 
     def keep_own(self, equation: Equation, k: int, ref: int, found: Any) -> None:
         """The part of a product with a weight that stays within units."""
@@ -147,8 +209,7 @@ class _Backward:
         target, bits = np.full(carried.size, NONE), np.zeros(carried.size, np.int64)
         target[pairs.z] = carried[pairs.z]
         np.bitwise_or.at(bits, pairs.z, found[1][pairs.y])
-        self.feeds[ref] = merge(self.feeds.get(ref), target)
-        self.bits[ref] = self.bits.get(ref, 0) | bits
+        self.arrivals[ref].append(((equation.index, k), target, bits))
 
 
 def find_locality(

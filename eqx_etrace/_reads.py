@@ -239,6 +239,14 @@ def pull(labels: Labels, reads: Labels) -> Labels:
     return np.where(rows >= 0, labels[rows], NONE)
 
 
+def any_read(marks: Labels, reads: Labels, size: int) -> Labels:
+    """Which output elements read a marked element of the operand."""
+    if reads is ALL:
+        return np.full(size, bool(marks.any()))
+    rows = reads.reshape(reads.shape[0], -1)
+    return (marks[rows] & (rows >= 0)).any(axis=0)
+
+
 def push(labels: Labels, reads: Labels, size: int) -> Labels:
     """Labels of the output's elements, as (operand elements): NONE where no labelled
     element reads, SEVERAL where elements of different labels do."""

@@ -82,7 +82,6 @@ def nested_vmaps(p, x, h, taps):
     oracle="bptt",
     units=[(N, 1)],
     ops={"['w']": {"dense"}, "['v']": {"dense"}},
-    pending=_refused,
 )
 def cond_of_weights(p, x, h, taps):
     drive = jax.lax.cond(x[0] > 0, lambda: p["w"] @ x, lambda: p["v"] @ (2.0 * x))
@@ -95,7 +94,6 @@ def cond_of_weights(p, x, h, taps):
     state=zeros(N),
     oracle="twin",
     units=[(N, 1)],
-    pending=_refused,
 )
 def cond_of_the_state(p, x, h, taps):
     """The predicate is of the state, too: it has no derivative."""
@@ -112,7 +110,6 @@ def cond_of_the_state(p, x, h, taps):
     state=zeros(N),
     oracle="bptt",
     units=[(N, 1)],
-    pending=_refused,
 )
 def cond_with_nan_where_not_taken(p, x, h, taps):
     """The root of a negative number and its derivative, in the other branch."""
@@ -132,7 +129,6 @@ def cond_with_nan_where_not_taken(p, x, h, taps):
     x={"i": jnp.zeros((), int), "x": zeros(IN)},
     oracle="bptt",
     units=[(N, 1)],
-    pending=_refused,
 )
 def switch(p, x, h, taps):
     """Five kinds of input and three branches: an index past the last is the last."""
@@ -170,7 +166,6 @@ def cond_of_each_unit(p, x, h, taps):
     state=zeros(N),
     oracle="twin",
     units=[(N, 1)],
-    pending=_refused,
 )
 def scan_of_substeps(p, x, h, taps):
     """The products are made once, outside of the loop."""
@@ -190,7 +185,6 @@ def scan_of_substeps(p, x, h, taps):
     oracle="bptt",
     units=[(N, 1)],
     ops={"['w']": {"dense"}},
-    pending=_refused,
 )
 def scan_with_weights_inside(p, x, h, taps):
     """Three inputs arrive in one step."""
@@ -209,7 +203,6 @@ def scan_with_weights_inside(p, x, h, taps):
     oracle="multi",
     vjp="multi-step",
     units=[(N, 1)],
-    pending=_refused,
 )
 def scan_with_recurrence_inside(p, x, h, taps):
     """The second substep reads what the first made: a product moves other units."""
@@ -227,7 +220,6 @@ def scan_with_recurrence_inside(p, x, h, taps):
     oracle="bptt",
     vjp="multi-step",
     units=[(N, 2)],
-    pending=_refused,
 )
 def scan_that_gives_out_its_substeps(p, x, state, taps):
     """The mean over the substeps does not pass the new state."""
@@ -248,7 +240,6 @@ def scan_that_gives_out_its_substeps(p, x, state, taps):
     state=(zeros(N), zeros(N)),
     oracle="twin",
     units=[(N, 2)],
-    pending=_refused,
 )
 def long_scan(p, x, state, taps):
     """120 elementwise substeps of a neuron: too many to be unrolled."""
@@ -270,7 +261,6 @@ def long_scan(p, x, state, taps):
     oracle="multi",
     vjp="multi-step",
     units=[(N, 1)],
-    pending=_refused,
 )
 def long_scan_with_recurrence(p, x, h, taps):
     def substep(h, _):
@@ -286,7 +276,6 @@ def long_scan_with_recurrence(p, x, h, taps):
     state=zeros(N),
     oracle="bptt",
     units=[(N, 1)],
-    pending=_refused,
 )
 def fori_loop(p, x, h, taps):
     """A fixed number of passes, so that it has a derivative."""
@@ -300,7 +289,6 @@ def fori_loop(p, x, h, taps):
     state=zeros(N),
     oracle="bptt",
     units=[(N, 1)],
-    pending=_refused,
 )
 def map_over_units(p, x, h, taps):
     def unit(args):
@@ -346,9 +334,6 @@ def loops_over_data(p, x, state, taps):
     state=zeros(N),
     oracle="twin",
     units=[(N, 1)],
-    pending={
-        "sequence": "the custom derivative of the loop counts as mixing, and cuts all"
-    },
 )
 def equinox_scan(p, x, h, taps):
     drive = p["w"] @ x + p["u"] @ taps.recur(h)
@@ -366,7 +351,6 @@ def equinox_scan(p, x, h, taps):
     x={"n": jnp.zeros((), int), "x": zeros(IN)},
     oracle="twin",
     units=[(N, 1)],
-    pending=_refused,
 )
 def equinox_while_loop(p, x, h, taps):
     """The number of passes is data, and at most four."""

@@ -89,7 +89,6 @@ _drive = (
     units=[(N, 1)],
     options={"max_slots": 2},
     ops={"['w']": {"dense"}},
-    pending=everything(_drive),
 )
 def ring_of_many(p, x, h, taps):
     """The state of the neighbour is added to the drive, before the own state is."""
@@ -205,7 +204,6 @@ def _eigenvalues(p):
     state=jnp.zeros(N, jnp.complex128),
     oracle="bptt",
     units=[(N, 1)],
-    pending=_complex,
 )
 def complex_state_real_weights(p, x, h, taps):
     drive = jax.lax.complex(p["b"] @ x, p["c"] @ x)
@@ -223,7 +221,6 @@ def complex_state_real_weights(p, x, h, taps):
     state=jnp.zeros(N, jnp.complex128),
     oracle="bptt",
     units=[(N, 1)],
-    pending=_complex,
 )
 def complex_state_complex_weights(p, x, h, taps):
     h = _eigenvalues(p) * h + p["b"] @ x.astype(h.dtype)
@@ -235,7 +232,6 @@ def complex_state_complex_weights(p, x, h, taps):
     state=jnp.zeros(N, jnp.complex128),
     oracle="twin",
     units=[(N, 1)],
-    pending=_complex,
 )
 def complex_recurrence(p, x, h, taps):
     """modReLU: not holomorphic."""

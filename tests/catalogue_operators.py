@@ -9,7 +9,6 @@ from catalogue_case import (
     KINDS,
     N,
     around,
-    everything,
     leaky,
     normal,
     table_of_cases,
@@ -108,7 +107,6 @@ def _layers(**layers):
     oracle="bptt",
     units=[(15, 1)],
     ops={".weight": {"convolution"}, ".bias": {"elementwise"}},
-    pending=_conv,
 )
 def conv1d(p, x, h, taps):
     h = leaky(h, p["conv"](x))
@@ -126,7 +124,6 @@ def conv1d(p, x, h, taps):
     oracle="bptt",
     units=[(24, 1)],
     ops={".weight": {"convolution"}},
-    pending=_conv,
 )
 def conv1d_strides_dilation_groups(p, x, h, taps):
     h = leaky(h, p["conv"](x))
@@ -144,7 +141,6 @@ def conv1d_strides_dilation_groups(p, x, h, taps):
     oracle="twin",
     units=[(18, 1)],
     ops={"['conv'].weight": {"convolution"}, "['rec'].weight": {"convolution"}},
-    pending=_conv,
 )
 def conv2d_recurrent(p, x, h, taps):
     h = leaky(h, p["conv"](x) + 2 * p["rec"](taps.recur(h)))
@@ -163,7 +159,6 @@ def conv2d_recurrent(p, x, h, taps):
     oracle="twin",
     units=[(16, 1)],
     ops={"['rec'].weight": {"convolution"}},
-    pending=_conv,
 )
 def conv1d_recurrent_circular_depthwise(p, x, h, taps):
     drive = p["conv"](x).reshape(4, 4)
@@ -177,7 +172,6 @@ def conv1d_recurrent_circular_depthwise(p, x, h, taps):
     oracle="bptt",
     units=[(8, 1)],
     ops={".weight": {"convolution"}},
-    pending=_conv,
 )
 def conv3d(p, x, h, taps):
     h = leaky(h, p["conv"](x))
@@ -193,7 +187,6 @@ def conv3d(p, x, h, taps):
     oracle="bptt",
     units=[(21, 1)],
     ops={".weight": {"convolution"}},
-    pending=_conv,
 )
 def conv1d_transposed(p, x, h, taps):
     h = leaky(h, p["conv"](x))
@@ -211,7 +204,6 @@ def conv1d_transposed(p, x, h, taps):
     oracle="bptt",
     units=[(50, 1)],
     ops={".weight": {"convolution"}},
-    pending=_conv,
 )
 def conv2d_transposed(p, x, h, taps):
     h = leaky(h, p["conv"](x))
@@ -225,7 +217,6 @@ def conv2d_transposed(p, x, h, taps):
     oracle="bptt",
     units=[(27, 1)],
     ops={"['w']": {"convolution"}},
-    pending=_conv,
 )
 def conv_channels_last(p, x, h, taps):
     """The weight kept as (height, width, in, out), the batch axis of size 1."""
@@ -246,7 +237,6 @@ def conv_channels_last(p, x, h, taps):
     oracle="bptt",
     units=[(6, 1)],
     ops={".weight": {"convolution"}},
-    pending=everything("a window sum may read everything, so nothing feeds one unit"),
 )
 def conv_then_average_pool(p, x, h, taps):
     """Windows that do not overlap: each product goes to one unit."""
@@ -270,7 +260,6 @@ _gather = {"structure": "no op rule for gathers yet, they go by AD"}
     oracle="twin",
     units=[(N, 1)],
     ops={"['embedding'].weight": {"gather"}},
-    pending=_gather,
 )
 def embedding(p, x, h, taps):
     h = leaky(h, p["embedding"](x) + p["rec"](taps.recur(h)))
@@ -284,7 +273,6 @@ def embedding(p, x, h, taps):
     oracle="bptt",
     units=[(N, 1)],
     ops={"['w']": {"gather"}},
-    pending=_gather,
 )
 def several_rows_at_once(p, x, h, taps):
     """A bag of words; the same row may come twice."""
@@ -299,7 +287,6 @@ def several_rows_at_once(p, x, h, taps):
     oracle="bptt",
     units=[(N, 1)],
     ops={"['w']": {"gather"}},
-    pending=_gather,
 )
 def two_indices(p, x, h, taps):
     h = leaky(h, p["w"][:, x[0], x[1]])
@@ -417,7 +404,6 @@ _edges = (
     units=[(N, 1)],
     ops={"['u']": {"elementwise"}},
     options={"max_slots": 2},
-    pending={"structure": _edges, "sequence": _edges},
 )
 def sparse_recurrent(p, x, h, taps):
     return _sparse_recurrent(p, x, h, taps)
@@ -430,7 +416,6 @@ def sparse_recurrent(p, x, h, taps):
     units=[(N, 1)],
     ops={"['u']": {"elementwise"}},
     options={"max_slots": 2},
-    pending={"structure": _edges, "sequence": _edges},
 )
 def sparse_recurrent_with_autapses(p, x, h, taps):
     """Two units hear themselves, and that is no recurrence to be cut."""
@@ -448,7 +433,6 @@ def sparse_recurrent_with_autapses(p, x, h, taps):
     units=[(N, 2)],
     ops={"['u']": {"elementwise"}},
     options={"max_slots": 2},
-    pending={"structure": _edges, "sequence": _edges},
 )
 def sparse_recurrent_two_slots(p, x, state, taps):
     """The products go into a synaptic current, which feeds the membrane."""

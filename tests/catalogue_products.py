@@ -7,7 +7,6 @@ from catalogue_case import (
     IN,
     N,
     around,
-    everything,
     leaky,
     normal,
     table_of_cases,
@@ -177,11 +176,6 @@ def written_out_product(p, x, h, taps):
     oracle="twin",
     units=[(N, 1)],
     options={"max_slots": N - 1},
-    pending=dict.fromkeys(
-        ("structure", "sequence"),
-        "a product is cut whole where it is summed into another unit, not only the "
-        "state in it, so that its weight gets no trace",
-    ),
 )
 def written_out_product_of_many(p, x, h, taps):
     return _written_out(p, x, h, taps)
@@ -209,7 +203,6 @@ _low_rank = "the first weight of a low-rank pair gets its current-step gradient"
     oracle="bptt",
     units=[(N, 1)],
     ops={"['a']": {"dense"}, "['b']": {"dense"}},
-    pending={"structure": _low_rank, "sequence": _low_rank},
 )
 def low_rank_input(p, x, h, taps):
     h = leaky(h, x @ p["a"] @ p["b"] - p["tau"] * h)
@@ -222,7 +215,6 @@ def low_rank_input(p, x, h, taps):
     oracle="twin",
     units=[(N, 1)],
     ops={"['a']": {"dense"}, "['b']": {"dense"}},
-    pending={"structure": _low_rank, "sequence": _low_rank},
 )
 def low_rank_recurrent(p, x, h, taps):
     h = leaky(h, p["w"] @ x + p["b"] @ (p["a"] @ taps.recur(h)))
@@ -288,7 +280,6 @@ def triangular_solve(p, x, h, taps):
     x=zeros(N),
     oracle="one step",
     units=[(N, 1)],
-    pending=everything("`custom_linear_solve` is refused as an unknown call"),
 )
 def solve(p, x, h, taps):
     h = leaky(h, jnp.linalg.solve(p["w"], x) + p["tau"] * h)
@@ -340,7 +331,6 @@ def sort(p, x, h, taps):
     x=zeros(N),
     oracle="twin+now",
     units=[(N, 1)],
-    pending=everything("complex weights are refused"),
 )
 def fourier(p, x, h, taps):
     """A circular convolution by way of the spectrum."""
@@ -380,10 +370,6 @@ def product_with_a_rule_of_its_own(p, x, h, taps):
     oracle="bptt",
     units=[(3 * N, 1)],
     ops={"['w']": {"by AD"}},
-    pending=dict.fromkeys(
-        ("one step", "sequence", "nothing left out"),
-        "JAX has no vmap for it over any axis but 0, which the Jacobian by AD needs",
-    ),
 )
 def ragged_dot(p, x, h, taps):
     """Rows 0 and 1 by the first expert, row 2 by the second."""

@@ -100,7 +100,6 @@ _drive = "the drive is cut whole because another unit's state was added to it"
     vjp="multi-step",
     units=[(N, 1), (1, 1)],
     options={"max_slots": 2},
-    pending=dict.fromkeys(("sequence", "nothing left out"), _drive),
 )
 def one_interneuron_elementwise(p, x, state, taps):
     """The same, its inhibition spelt as a product of a vector and a number."""
@@ -188,10 +187,6 @@ def compartments(p, x, h, taps):
     state=zeros(N, 3),
     oracle="twin",
     units=[(N, 3)],
-    pending=dict.fromkeys(
-        ("structure", "sequence", "nothing left out"),
-        "a product of some elements in place counts as mixing, and cuts all memory",
-    ),
 )
 def multiplied_in_place(p, x, h, taps):
     """The same with a leak of the compartment in the middle alone."""
@@ -258,7 +253,6 @@ _ring = "a write at an index of the state may reach every place: no trace"
     oracle="bptt",
     units=[(N, 4)],
     ops={"['w']": {"dense"}},
-    pending=dict.fromkeys(("structure", "sequence", "nothing left out"), _ring),
 )
 def ring_buffer(p, x, state, taps):
     """A delay by a counter and a buffer that is not moved."""

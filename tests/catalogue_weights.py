@@ -10,7 +10,6 @@ from catalogue_case import (
     IN,
     N,
     around,
-    everything,
     leaky,
     normal,
     table_of_cases,
@@ -164,7 +163,6 @@ def _weight_norm(key):
     oracle="twin",
     units=[(N, 1)],
     ops={"['w'].g": {"dense"}, "['u'].layer.weight": {"dense"}},
-    pending=everything("the axes of a reduction are refused where NumPy made them"),
 )
 def weight_norm(p, x, h, taps):
     h = leaky(h, p["w"](x) + p["u"](taps.recur(h)))
