@@ -56,12 +56,14 @@ def _leading_to_doors(
     """
     needed, found = set(hidden.doors), []
     for equation in reversed(program.equations):
-        data = any(program.origins[r] is Origin.DATA for r in equation.outputs)
-        if data and equation.differentiable and needed.intersection(equation.outputs):
+        wanted = (r for r in equation.outputs if r in needed)
+        data = any(program.origins[ref] is Origin.DATA for ref in wanted)
+        if data and equation.differentiable:
             found.append(equation)
             mixing = reads.kind(equation) is Mixing.MIXING
             if not (mixing and weighted(program, equation)):
-                needed.update(equation.values)
+                read = (r for r in equation.values if program.avals[r].inexact)
+                needed.update(read)
     return tuple(found[::-1])
 
 
