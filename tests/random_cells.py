@@ -355,7 +355,10 @@ class _Evaluation:
 
     def drive(self, p: int, d: int) -> Array:
         if (p, d) not in self.drives:
-            drive, n = self.cell.populations[p].drives[d], self.cell.populations[p].units
+            drive, n = (
+                self.cell.populations[p].drives[d],
+                self.cell.populations[p].units,
+            )
             v = jnp.concatenate([self.source(source) for source in drive.sources])
             get = self.weights(tied=drive.tied)
             w = PREPARED[drive.prepared](get, (n, v.size))
@@ -517,6 +520,10 @@ def is_clean(cell: Cell) -> bool:
     for p, population in enumerate(cell.populations):
         if any(drive.norm for drive in population.drives):
             return False
+        if any(
+            slot.expr[0] in ("old", "new", "x", "bias") for slot in population.slots
+        ):
+            return False
         packed = {s for _, slots in population.leaves if len(slots) > 1 for s in slots}
         for drive in population.drives:
             for source in drive.sources:
@@ -568,7 +575,11 @@ def _exprs(draw, sizes: tuple[int, int, int], roll: bool, depth: int = 3) -> Exp
         return "scale", draw(st.sampled_from(list(GAINS))), draw(deeper)
     if kind == "gate":
         return "gate", draw(deeper)
-    return draw(st.sampled_from(_BINARY)), draw(deeper), draw(deeper)
+    kind = draw(st.sampled_from(_BINARY))
+    if kind in ("summed", "coupled"):
+        # A drive joins what it drives elementwise; through a sum it joins nothing.
+        deeper = _exprs((slots, new, 0), roll, depth - 1)
+    return kind, draw(deeper), draw(deeper)
 
 
 @st.composite
@@ -611,6 +622,10 @@ def _layouts(draw, units: int, slots: int):
     return tuple(leaves)
 
 
+def _is_bare(slot: Slot) -> bool:
+    return slot.expr[0] == "old" and slot.after == "nothing"
+
+
 @st.composite
 def _populations(draw, p: int, counts: list[int], roll: bool) -> Population:
     count = counts[p]
@@ -625,7 +640,14 @@ def _populations(draw, p: int, counts: list[int], roll: bool) -> Population:
             expr = (draw(st.sampled_from(["add", "leak", "sub"])), ("drive", 0), expr)
         after = draw(st.sampled_from(["nothing"] * 3 + list(AFTER)))
         slots.append(Slot(expr, after))
-    leaves = draw(_layouts(units, count))
+    # A bare old slot, stored as it is, would be one value with two names, and what
+    # reads the old slot would read the new one.
+    leaves = tuple(
+        ("reversed", places)
+        if layout == "plain" and _is_bare(slots[places[0]])
+        else (layout, places)
+        for layout, places in draw(_layouts(units, count))
+    )
     return Population(units, tuple(slots), tuple(drives), leaves)
 
 
@@ -633,9 +655,7 @@ def _populations(draw, p: int, counts: list[int], roll: bool) -> Population:
 def cells(draw) -> Cell:
     counts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
     roll = max(counts) == 1 and draw(st.booleans())
-    populations = tuple(
-        draw(_populations(p, counts, roll)) for p in range(len(counts))
-    )
+    populations = tuple(draw(_populations(p, counts, roll)) for p in range(len(counts)))
     places = [(p, s) for p, count in enumerate(counts) for s in range(count)]
     reads = []
     kinds = draw(st.sampled_from([["new"]] * 3 + [["new", "old"], ["new", "raw"]]))
