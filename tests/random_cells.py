@@ -196,8 +196,8 @@ SPELLINGS: dict[str, Callable[[Array, Array], Array]] = {
     "two of one": lambda w, v: sum(jnp.split(jnp.concatenate([w, 0.5 * w]) @ v, 2)),
     "blocks": lambda w, v: w[:, :2] @ v[:2] + w[:, 2:] @ v[2:],
     "jitted": lambda w, v: jax.jit(jnp.matmul)(w, v),
-    # Here the weight is used elementwise and what mixes is a sum: the element (i, i)
-    # of a recurrent product would stay within the unit, so it is for inputs alone.
+    # Here the weight is used elementwise and what mixes is a sum, so that the element
+    # (i, i) of a recurrent product stays within the unit: it is for inputs alone.
     "product and sum": lambda w, v: jnp.sum(w * v[None], axis=1),
 }
 
@@ -596,8 +596,8 @@ def _drives(draw, p: int, counts: list[int], done: int) -> Drive:
         source = draw(st.sampled_from(sources))
         how = draw(st.sampled_from(_HOW)) if source.kind != "x" else "plain"
         drawn.append(dataclasses.replace(source, how=how))
-    own = any(source.kind != "x" and source.place[0] == p for source in drawn)
-    spellings = [s for s in SPELLINGS if not (own and s == "product and sum")]
+    state = any(source.kind != "x" for source in drawn)
+    spellings = [s for s in SPELLINGS if not (state and s == "product and sum")]
     return Drive(
         tuple(drawn),
         draw(st.sampled_from(spellings)),

@@ -7,7 +7,9 @@ option the same 200 are drawn every time.
 import dataclasses
 import functools
 import secrets
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,3 +179,64 @@ def test_random_cells(shard, request):
         check(cell)
 
     random_cell()
+
+
+# What the cells are not drawn to contain, for the library does not credit it yet.
+
+
+def _ring(w, u, x, h):
+    """Old state of another unit alone joins the product, and the cut is behind it."""
+    del u
+    h = jnp.tanh(w @ x + jnp.roll(h, 1))
+    return h, h
+
+
+def _spelt_out(w, u, x, h):
+    """A recurrent product as elementwise product and sum: cut behind the weight."""
+    h = jnp.tanh(w @ x + jnp.sum(u * h[None], axis=1))
+    return h, h
+
+
+def _shared_through_a_sum(w, u, x, h):
+    """Both slots hear one drive, the second through a sum that joins nothing."""
+    del u
+    drive = w @ x
+    second = jnp.sum(jnp.stack([drive, x[: drive.size]]), axis=0)
+    h = jnp.stack([0.9 * h[0] + drive, 0.5 * h[1] + second])
+    return h, h
+
+
+class _Plain(eqx.Module):
+    w: jax.Array
+    u: jax.Array
+    fun: Any = eqx.field(static=True)
+
+    def __call__(self, x, state):
+        return self.fun(self.w, self.u, x, state)
+
+
+LIMITS = {
+    "ring": (_ring, (6,), "w"),
+    "spelt out": (_spelt_out, (6,), "u"),
+    "shared through a sum": (_shared_through_a_sum, (2, 6), "w"),
+}
+
+
+@pytest.mark.xfail(
+    reason="no temporal credit: the cut lies behind the weight, or the drive is split",
+    raises=(AssertionError, etrace.CompileError),
+    strict=True,
+)
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits(name):
+    """Every entry of the weight has temporal credit: the trace is as long as it."""
+    fun, shape, weight = LIMITS[name]
+    rng = np.random.default_rng(0)
+    w, u = (jnp.asarray(rng.normal(size=size)) for size in ((6, IN), (6, 6)))
+    model, state, x = _Plain(w, u, fun), jnp.ones(shape), jnp.ones(IN)
+    graph = etrace.compile(model, state, x, max_slots=3)
+    start = etrace.init_trace(graph)
+    trace = etrace.step(graph, graph.params(model), state, start, x)[2]
+    pairs = zip(graph.relations, trace, strict=True)
+    kept = [entries for r, entries in pairs if r.weight == (weight,)]
+    assert kept and all(np.all(leaf) for leaf in jax.tree.leaves(kept))

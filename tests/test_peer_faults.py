@@ -376,7 +376,7 @@ def test_under_the_transforms_of_jax():
 
     both = jax.tree.map(lambda a: jnp.stack([a, a]), (xs, ts))
     closed = jax.checkpoint(functools.partial(online_outside, graph, params, state))
-    mapped = quick_jit(jax.vmap(quick_jit(closed)))(*both)
+    mapped = quick_jit(jax.vmap(jax.jit(closed)))(*both)
     for b in range(2):
         assert_same_gradient(jax.tree.map(lambda g, b=b: g[b], mapped), expected)
 
