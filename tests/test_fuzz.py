@@ -1,7 +1,7 @@
 """Random cells: the library against the dense reference, step by step, in float64.
 
 `pytest tests/test_fuzz.py --fuzz 5000` draws that many new cells at random; without the
-option the same 200 are drawn every time.
+option the same 200 are drawn every time. Four tests share them, for `pytest -n`.
 """
 
 import dataclasses
@@ -162,6 +162,7 @@ def check(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.slow
 def test_random_cells(shard, request):
     wanted = request.config.getoption("--fuzz")
     number = secrets.randbits(32) if wanted else shard
