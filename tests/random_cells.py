@@ -193,13 +193,19 @@ SPELLINGS: dict[str, Callable[[Array, Array], Array]] = {
     "one row": lambda w, v: (v[None] @ w.T)[0],
     "one column": lambda w, v: (w @ v[:, None]).reshape(-1),
     "dot per unit": lambda w, v: jax.vmap(jnp.dot, in_axes=(0, None))(w, v),
-    "two of one": lambda w, v: sum(jnp.split(jnp.concatenate([w, 0.5 * w]) @ v, 2)),
+    "two of one": lambda w, v: _two_of_one(w, v),
     "blocks": lambda w, v: w[:, :2] @ v[:2] + w[:, 2:] @ v[2:],
     "jitted": lambda w, v: jax.jit(jnp.matmul)(w, v),
     # Here the weight is used elementwise and what mixes is a sum, so that the element
     # (i, i) of a recurrent product stays within the unit: it is for inputs alone.
     "product and sum": lambda w, v: jnp.sum(w * v[None], axis=1),
 }
+
+
+def _two_of_one(w: Array, v: Array) -> Array:
+    first, second = jnp.split(jnp.concatenate([w, 0.5 * w]) @ v, 2)
+    return first + second
+
 
 GAINS: dict[str, Callable[[Any, int], Array]] = {
     "vector": lambda get, n: get((n,)),
@@ -407,16 +413,16 @@ def make(cell: Cell):
             zeros = [np.zeros(population.units)] * len(slots)
             state.append(put_together(layout, zeros))
     rng = np.random.default_rng(cell.seed)
-    params: dict[str, np.ndarray] = {}
+    drawn: dict[str, Any] = {}
 
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
+    def draw(shape: tuple[int, ...]) -> Any:
         return 0.7 * rng.normal(size=shape)
 
     def evaluate(x, state):
-        return _Evaluation(cell, params, x, state, Taps(), draw).run()[0]
+        return _Evaluation(cell, drawn, x, state, Taps(), draw).run()[0]
 
     out = jax.eval_shape(evaluate, np.zeros(IN), state)
-    params = {name: jnp.asarray(w) for name, w in params.items()}
+    params = {name: jnp.asarray(w) for name, w in drawn.items()}
     return RandomCell(params, cell), tuple(state), out.size
 
 
@@ -496,7 +502,7 @@ def expected_units(cell: Cell) -> set[frozenset[int]]:
 
     for p, population in enumerate(cell.populations):
         for s, slot in enumerate(population.slots):
-            nodes = [(p, s)] if (p, s) in hidden else []
+            nodes: list[Any] = [(p, s)] if (p, s) in hidden else []
             for kind, *args in felt(slot.expr):
                 if kind in ("old", "new", "roll") and (p, args[0]) in hidden:
                     nodes.append((p, args[0]))

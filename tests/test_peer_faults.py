@@ -281,11 +281,11 @@ def test_the_trace_advances_without_a_gradient(name):
     params = graph.params(model)
 
     def forward(carry, xt):
-        return etrace.step(graph, params, *carry, xt[0])[1:], None
+        return etrace.step(graph, params, carry[0], carry[1], xt[0])[1:], None
 
     def under_grad(carry, xt):
         def loss(params):
-            out, *carried = etrace.step(graph, params, *carry, xt[0])
+            out, *carried = etrace.step(graph, params, carry[0], carry[1], xt[0])
             return sum_of_squares(out, xt[1]), tuple(carried)
 
         return jax.grad(loss, has_aux=True)(params)[1], None
@@ -390,7 +390,7 @@ def test_what_is_carried_can_be_pickled():
     @quick_jit
     def two_steps(carried, xs):
         for x in xs:
-            _, *rest = etrace.step(graph, *carried, x)
+            _, *rest = etrace.step(graph, carried[0], carried[1], carried[2], x)
             carried = (carried[0], *rest)
         return carried
 
