@@ -14,20 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import IN, Cell, RandomCell, Taps, make
 from hypothesis import HealthCheck, given, note, seed, settings
 from jax.flatten_util import ravel_pytree
 from oracles import assert_same_gradient, sum_of_squares
-from random_cells import (
-    IN,
-    Cell,
-    RandomCell,
-    Taps,
-    cells,
-    expected_units,
-    is_clean,
-    make,
-    same_unit,
-)
+from random_cells import cells, expected_units, is_clean, same_unit
 
 import eqx_etrace as etrace
 
