@@ -147,6 +147,23 @@ def is_clean(cell: Cell) -> bool:
     return all(read.kind == "new" for read in cell.reads)
 
 
+def reads_around(cell: Cell) -> bool:
+    """Whether old state plainly gets past its own unit's new state: into an output, or
+    through a product into another population. No single step credits that, which the
+    first step, before which nothing has happened, cannot show."""
+    hidden = hidden_slots(cell)
+    if any(read.kind == "old" and read.place in hidden for read in cell.reads):
+        return True
+    return any(
+        source.kind == "old" and source.place[0] != p and source.place in hidden
+        for p, population in enumerate(cell.populations)
+        for slot in population.slots
+        for kind, *args in felt(slot.expr)
+        if kind == "drive"
+        for source in population.drives[args[0]].sources
+    )
+
+
 def _split(cell: Cell, p: int) -> bool:
     """Whether the slots of a population are more than one unit's."""
     numbers = element_numbers(cell)

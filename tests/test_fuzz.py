@@ -18,7 +18,7 @@ from cells import IN, Cell, RandomCell, Taps, make
 from hypothesis import HealthCheck, given, note, seed, settings
 from jax.flatten_util import ravel_pytree
 from oracles import assert_same_gradient, sum_of_squares
-from random_cells import cells, expected_units, is_clean, same_unit
+from random_cells import cells, expected_units, is_clean, reads_around, same_unit
 
 import eqx_etrace as etrace
 
@@ -142,6 +142,7 @@ def check(cell: Cell) -> None:
     note(str(graph.report()))
     assert found_units(graph) == expected_units(cell)
     assert graph.vjp == "single-step" or not is_clean(cell)
+    assert graph.vjp == MULTI or not reads_around(cell)
     expected = reference(cell, model, state, xs, ts)
     for form, graph in graphs.items():
         got = online(graph, graph.params(model), state, xs, ts)
