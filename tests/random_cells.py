@@ -140,8 +140,8 @@ def is_clean(cell: Cell) -> bool:
             for source in drive.sources:
                 if source.kind == "old" and source.place[0] != p:
                     return False
-                if source.kind == "new" and source.place[0] == p:
-                    return not packed  # else it may read what is not yet stored
+                if source.kind == "new" and source.place[0] == p and packed:
+                    return False  # it may read what is not yet stored
         if len({i for i, _ in enumerate(population.leaves)}) > 1 and _split(cell, p):
             return False
     return all(read.kind == "new" for read in cell.reads)

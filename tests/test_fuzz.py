@@ -7,6 +7,7 @@ option the same 200 are drawn every time. Four tests share them, for `pytest -n`
 import dataclasses
 import functools
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import IN, Cell, RandomCell, Taps, make
+from cells import (
+    IN,
+    Cell,
+    Drive,
+    Population,
+    RandomCell,
+    Read,
+    Slot,
+    Source,
+    Taps,
+    make,
+)
 from hypothesis import HealthCheck, given, note, seed, settings
 from jax.flatten_util import ravel_pytree
 from oracles import assert_same_gradient, sum_of_squares
@@ -135,11 +147,11 @@ def compiled(cell, model, state, x):
     return {graph.vjp: graph, "multi-step": dataclasses.replace(graph, vjp=MULTI)}
 
 
-def check(cell: Cell) -> None:
+def check(cell: Cell, tell: Callable[[str], Any] = str) -> None:
     model, state, xs, ts = problem(cell)
     graphs = compiled(cell, model, state, xs[0])
     graph = next(iter(graphs.values()))
-    note(str(graph.report()))
+    tell(str(graph.report()))
     assert found_units(graph) == expected_units(cell)
     assert graph.vjp == "single-step" or not is_clean(cell)
     assert graph.vjp == MULTI or not reads_around(cell)
@@ -147,7 +159,7 @@ def check(cell: Cell) -> None:
     for form, graph in graphs.items():
         got = online(graph, graph.params(model), state, xs, ts)
         for k in range(STEPS):
-            note(f"{form}, step {k}")
+            tell(f"{form}, step {k}")
             assert_same_gradient(got[k], expected[form][k], atol=1e-12)
             if k == 0:  # nothing is past, and this is plain autodiff
                 assert_same_gradient(got[0], expected[MULTI][0], atol=1e-12)
@@ -169,9 +181,27 @@ def test_random_cells(shard, request):
     @seed(number)
     @given(cells())
     def random_cell(cell):
-        check(cell)
+        check(cell, note)
 
     random_cell()
+
+
+# Found by the random cells.
+
+
+@pytest.mark.parametrize("first", ["drive", "state"])
+def test_a_sum_joins_slots_in_whatever_order_they_were_added(first):
+    """The second slot sums over the first before that is stored."""
+    summed = ("summed", ("new", 0), ("half", ("old", 1)))
+    one, other = ("drive", 0), ("old", 0)
+    inner = (one, other) if first == "drive" else (other, one)
+    population = Population(
+        units=4,
+        slots=(Slot(("add", *inner)), Slot(summed)),
+        drives=(Drive((Source("x"),)),),
+        leaves=(("flat", (0, 1)),),
+    )
+    check(Cell((population,), (Read("new", (0, 1)),)))
 
 
 # What the cells are not drawn to contain, for the library does not credit it yet,
