@@ -206,8 +206,10 @@ class _Joins(_Walk):
         return chosen
 
     def choose(self, rows: Labels) -> Labels:
-        """The label that goes on: that of the same index, where only this one joins."""
-        chosen = _first(rows)
+        """The label that goes on: a hidden element's, for a sum joins only these; that
+        of the same index, where only this one joins."""
+        hidden = _first(np.where(rows < self.count, rows, NONE))
+        chosen = np.where(hidden == NONE, _first(rows), hidden)
         if not self.by_index:
             return chosen
         same = (rows != NONE) & (self.place[rows] == np.arange(rows.shape[1]))

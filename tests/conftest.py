@@ -10,3 +10,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 with install_import_hook("eqx_etrace", "beartype.beartype"):
     import eqx_etrace  # noqa: F401 imported for the hook to take effect
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=0,
+        metavar="N",
+        help="test N random cells with new seeds, in place of the same few",
+    )
