@@ -23,6 +23,7 @@ import enum
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import equinox.internal as eqxi
 import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def _present(names: str) -> frozenset:
     return frozenset(primitive for primitive in found if primitive is not None)
 
 
-ELEMENTWISE = _present(
+ELEMENTWISE = frozenset({eqxi.select_if_vmap_p}) | _present(
     "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e "
     "bessel_i1e cbrt ceil clamp clz complex conj convert_element_type copy cos cosh "
     "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a "

@@ -10,7 +10,9 @@ step, and two elements are joined where
 4. the same element of what a weight adds to the step drives them, elementwise.
 
 A mixing equation with a weight never joins: that is the recurrence that local rules
-cut. Where a component grows beyond `max_slots`, the joins of kinds 2 and 4 in it are
+cut. Nor does a sum of a weight's products with elements that were broadcast or gathered
+to meet it, as over the edges of a sparse network: that is the same in two equations.
+Where a component grows beyond `max_slots`, the joins of kinds 2 and 4 in it are
 undone one equation at a time, the widest first; if it is still too large, only elements
 at the same index stay joined. What is not joined is cut later, and reported.
 
@@ -176,6 +178,33 @@ class _Joins(_Walk):
         self.pairs: list[Labels] = [np.zeros((2, 0), int)]
         self.joined: dict[int, tuple[int, Labels]] = {}
         """Per equation whose joins can be undone: how wide it joins, some labels."""
+        self.moved: set[int] = set()
+        """The values that hold products of a weight with elements that were moved."""
+
+    def through(
+        self, equation: Equation, labels: dict[int, Labels]
+    ) -> list[Labels | None]:
+        """As above; but where products of a weight with elements that were moved, to
+        meet it, are summed, the two equations are one product that mixes, and no
+        joins are made."""
+        mine = {ref: labels[ref] for ref in equation.values if ref in labels}
+        if self.reads.kind(equation) is Mixing.MIXING:
+            mine = {r: found for r, found in mine.items() if r not in self.moved}
+        elif self.moved.intersection(mine) or (
+            weighted(self.program, equation)
+            and any(self.is_moved(found, equation) for found in mine.values())
+        ):
+            self.moved.update(equation.outputs)
+        return super().through(equation, mine)
+
+    def is_moved(self, labels: Labels, equation: Equation) -> bool:
+        """Whether an equation reads hidden elements elsewhere than in their leaf."""
+        hidden = (labels != NONE) & (labels < self.count)
+        if not hidden.any():
+            return False
+        same = np.array_equal(self.place[labels[hidden]], np.flatnonzero(hidden))
+        sizes = {self.program.avals[ref].size for ref in equation.outputs}
+        return not same or sizes != {labels.size}
 
     def begin(self, equation: Equation, ref: int) -> Labels | None:
         if self.by_index or equation.index in self.undone:
@@ -187,6 +216,7 @@ class _Joins(_Walk):
 
     def at_door(self, ref: int, labels: Labels | None, own: slice) -> Labels:
         mine = np.arange(own.start, own.stop)
+        self.moved.discard(ref)
         if labels is not None:
             self.join(mine, labels)
         return mine

@@ -203,7 +203,7 @@ def _eigenvalues(p):
     params={"b": (N, IN), "c": (N, IN), "nu": around(-1.0, N), "theta": (N,)},
     state=jnp.zeros(N, jnp.complex128),
     oracle="bptt",
-    units=[(N, 1)],
+    units=[(N, 2)],
 )
 def complex_state_real_weights(p, x, h, taps):
     drive = jax.lax.complex(p["b"] @ x, p["c"] @ x)
@@ -220,7 +220,7 @@ def complex_state_real_weights(p, x, h, taps):
     },
     state=jnp.zeros(N, jnp.complex128),
     oracle="bptt",
-    units=[(N, 1)],
+    units=[(N, 2)],
 )
 def complex_state_complex_weights(p, x, h, taps):
     h = _eigenvalues(p) * h + p["b"] @ x.astype(h.dtype)
@@ -231,7 +231,7 @@ def complex_state_complex_weights(p, x, h, taps):
     params={"w": (N, IN), "u": complex_normal(N, N), "bias": (N,)},
     state=jnp.zeros(N, jnp.complex128),
     oracle="twin",
-    units=[(N, 1)],
+    units=[(N, 2)],
 )
 def complex_recurrence(p, x, h, taps):
     """modReLU: not holomorphic."""

@@ -340,6 +340,7 @@ def lookup_table(p, x, h, taps):
     x={"i": jnp.zeros(N, int), "x": zeros(IN)},
     oracle="twin",
     units=[(N, 1)],
+    options={"max_slots": N - 1},
 )
 def routed_by_the_input(p, x, h, taps):
     """Which unit each unit hears is data."""
@@ -382,19 +383,13 @@ def _sparse_recurrent(p, x, h, taps):
 @case(
     params={"w": (N, IN), "u": normal(10, scale=1.0)},
     state=zeros(N),
-    oracle="bptt",
-    units=[(1, N)],
+    oracle="twin",
+    units=[(N, 1)],
     ops={"['u']": {"elementwise"}},
 )
 def sparse_recurrent_of_few(p, x, h, taps):
-    """A sum without weights joins the units, as long as they are few."""
+    """The products of edges join no units, few as they may be."""
     return _sparse_recurrent(p, x, h, taps)
-
-
-_edges = (
-    "an edge's product is cut whole where it is added to another unit, not only the "
-    "state in it, so that its weight gets no trace"
-)
 
 
 @case(

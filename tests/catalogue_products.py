@@ -162,11 +162,11 @@ def _written_out(p, x, h, taps):
 @case(
     params={"w": (N, IN), "u": (N, N), "out": (3, N)},
     state=zeros(N),
-    oracle="bptt",
-    units=[(1, N)],
+    oracle="twin",
+    units=[(N, 1)],
 )
 def written_out_product(p, x, h, taps):
-    """Broadcast, multiply and sum: a sum without weights, so it joins few units."""
+    """Broadcast, multiply and sum is a product with a weight, and joins no units."""
     return _written_out(p, x, h, taps)
 
 
