@@ -9,7 +9,7 @@
 and where a weight or the hidden state passes through:
 
 | cond, switch | all branches, and a select of their results |
-| scan | unrolled up to `max_unroll`; beyond, kept if it is elementwise |
+| scan | unrolled up to `max_unroll`; beyond, its weights are taken out (`_loop`) |
 | while | kept if it is free of weights, with its derivative in forward mode |
 | a place in the state that data choose | a comparison with every place (`_indexed`) |
 | x @ A @ B | x @ (A @ B): one weight in place of two (`_low_rank`) |
@@ -34,9 +34,9 @@ from jax.experimental import sparse
 
 from ._decision import Decision, Kind
 from ._errors import CompileError
-from ._flatten import Builder, Conversion, flatten, rewrite
+from ._flatten import Builder, Conversion, Convert, flatten, rewrite
 from ._hidden import credit_equations, find_hidden, influence, params_of
-from ._indexed import indexed
+from ._indexed import indexed, multiplied
 from ._jaxpr import (
     COND,
     CUSTOM,
@@ -55,6 +55,7 @@ from ._jaxpr import (
     is_elementwise,
     is_higher_order,
 )
+from ._loop import descended
 from ._low_rank import low_rank
 from ._stage import Staged
 
@@ -224,18 +225,50 @@ def _loop(program: Program, equation: Equation) -> tuple[Conversion, str] | None
     return _forward_mode(equation, elementwise), how
 
 
+def _long_loop(
+    program: Program, equation: Equation, max_unroll: int
+) -> tuple[Conversion, str] | None:
+    """The same for a loop that is too long to be unrolled and reads weights."""
+    if equation.primitive is not SCAN or is_elementwise(equation, program.avals):
+        return None
+    fixed = equation.inputs[: equation.params["num_consts"]]
+    weights = (
+        isinstance(r, int) and program.origins[r] is Origin.WEIGHT for r in fixed
+    )
+    if not any(weights):
+        return None
+    how = "a long loop, not unrolled: its products with a weight are one product"
+    return descended(equation, nested(max_unroll)), how
+
+
+def nested(max_unroll: int) -> Convert:
+    """The conversions inside of a loop or a branch."""
+
+    def convert(equation: Equation, guarded: bool) -> Conversion | None:
+        found = _converted(equation, max_unroll)
+        return wrapped(equation, guarded) if found is None else found[0]
+
+    return convert
+
+
 def _reads_weight(program: Program, equation: Equation) -> bool:
     return any(program.origins[ref] is Origin.WEIGHT for ref in equation.values)
 
 
 def _choose(
-    program: Program, credit: Sequence[Equation], doors: Sequence[int], max_unroll: int
+    program: Program,
+    known: Mapping[int, Any],
+    credit: Sequence[Equation],
+    doors: Sequence[int],
+    max_unroll: int,
 ) -> dict[int, tuple[Conversion, str]]:
     """Control flow first: only then all the products can be seen."""
     found = {
         equation.index: _converted(equation, max_unroll)
         or _loop(program, equation)
         or indexed(program, equation)
+        or multiplied(program, equation, known)
+        or _long_loop(program, equation, max_unroll)
         for equation in credit
     }
     chosen = {index: how for index, how in found.items() if how is not None}
@@ -262,7 +295,8 @@ def canonicalise(
         leaves = find_hidden(program, old, program.outputs[:states])
         credit = credit_equations(program, tuple(old[i] for i in leaves))
         doors = [program.outputs[i] for i in leaves]
-        chosen = _choose(program, credit, doors, max_unroll)
+        known = dict(zip(program.constants, values, strict=True))
+        chosen = _choose(program, known, credit, doors, max_unroll)
         if not chosen:
             _refuse(program, credit, max_unroll)
             return program, values, decisions
@@ -294,8 +328,8 @@ def _convert(
     if equation.index in chosen:
         return chosen[equation.index][0]
     # What is nested in a branch is guarded like the rest of the branch.
-    nested = _converted(equation, max_unroll) if guarded else None
-    return wrapped(equation, guarded) if nested is None else nested[0]
+    convert = nested(max_unroll) if guarded else wrapped
+    return convert(equation, guarded)
 
 
 def _about(
@@ -327,13 +361,14 @@ def _refuse(program: Program, credit: Sequence[Equation], max_unroll: int) -> No
             remedy = "Move the effect out of the branch, or use `jnp.where`."
         elif equation.primitive is SCAN:
             length = equation.params["length"]
-            if is_elementwise(equation, program.avals) and length:
+            elementwise = is_elementwise(equation, program.avals)
+            if length and (elementwise or not _reads_weight(program, equation)):
                 continue
             what = (
-                f"a loop of {length} steps, more than max_unroll={max_unroll}, that is "
-                f"not elementwise: {where}"
+                f"a loop of {length} steps, more than max_unroll={max_unroll}, that "
+                f"goes along a weight or starts from one: {where}"
             )
-            remedy = f"Pass `max_unroll={length}`, or move the products out of it."
+            remedy = f"Pass `max_unroll={length}`."
         elif equation.primitive is WHILE:
             what = f"a loop of unknown length that reads a weight: {where}"
             remedy = "Use a loop of known length, `jax.lax.scan`, with `jnp.where`."

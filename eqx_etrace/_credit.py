@@ -21,7 +21,7 @@ from ._locality import (
     flow,
     several_hops,
 )
-from ._op_rules import ByAD
+from ._op_rules import ByAD, Merged
 from ._reads import Mixing, Reads
 from ._relation import Relation, Use
 
@@ -99,7 +99,8 @@ def _traces(a: Analysis) -> list[Decision]:
         reason = f"{relation.op.name} trace on {slots}"
         about = {"weight": relation.weight, "state": leaves, "source": relation.source}
         found.append(Decision(Kind.RELATION, reason, **about))
-        if isinstance(relation.op, ByAD):
+        rule = relation.op.rule if isinstance(relation.op, Merged) else relation.op
+        if isinstance(rule, ByAD):
             shape = " x ".join(str(size) for size in relation.op.trace_shape)
             primitive = relation.equation.primitive
             reason = f"`{primitive}` has no op rule, its trace has {shape} entries"

@@ -192,6 +192,19 @@ def flatten(
     return _finish(builder, inputs, builder.splice(closed, inputs), states)
 
 
+def flatten_body(
+    closed: Any, origins: Sequence[Origin], convert: Convert
+) -> tuple[Program, list[Any]]:
+    """Flatten the body of a loop, whose inputs have these origins."""
+    builder = Builder(convert)
+    inner, _ = open_jaxpr(closed)
+    inputs = tuple(
+        builder.new(to_aval(var.aval), origin)
+        for var, origin in zip(inner.invars, origins, strict=True)
+    )
+    return _finish(builder, inputs, builder.splice(closed, inputs), 0)
+
+
 def rewrite(
     program: Program,
     values: Sequence[Any],

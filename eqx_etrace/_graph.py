@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Shaped
 
-from ._canonicalise import canonicalise
+from ._canonicalise import canonicalise, nested
 from ._credit import Analysis, decide, find_bypasses, unrelated_uses
 from ._decision import Decision, Kind
 from ._diagram import input_names, to_mermaid, to_text
@@ -409,7 +409,8 @@ def compile(
     program, values, rewritten = canonicalise(staged, max_unroll)
     hidden = _find_hidden(program, staged)
     constants = dict(zip(program.constants, values, strict=True))
-    reads = Reads(program, constants, own_elementwise(program, op_rules))
+    own = own_elementwise(program, op_rules)
+    reads = Reads(program, constants, own, nested(max_unroll))
     units = find_units(program, hidden, reads, max_slots)
     locality = find_locality(program, hidden, units, reads, rule.scope)
     sources = params_of(program, staged.params.count)

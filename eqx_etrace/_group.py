@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Shaped
 from ._errors import describe, dtype_of, is_array_like, sentence
 from ._jaxpr import Aval, Equation, evaluate
 from ._locality import Edge
+from ._loop import Loop
 from ._own import own_product
 from ._same_step import same_step_total
 from ._stage import leaf_table, named_parts
@@ -91,6 +92,8 @@ class HiddenGroup(eqx.Module):
     own_products: tuple[tuple[Equation, int], ...] = eqx.field(static=True)
     """The cut products of which the part within units is kept: `scope="unit"`."""
     own_pairs: tuple[tuple[Int[Array, " pairs"], ...], ...]
+    loops: tuple[tuple[Equation, Loop], ...] = eqx.field(static=True)
+    """The loops with cuts inside."""
     whole: tuple[Equation, ...] | None = eqx.field(static=True)
     """The equations from the old state to the new, nothing cut, where the true diagonal
     block has to be taken from the dense Jacobian."""
@@ -348,7 +351,7 @@ class HiddenGroup(eqx.Module):
         edge = self._cut_edges(held)
         for key, door in self.at_doors if at_door else ():
             edge[key] = _read_door(at_door[door], edge.get(key))
-        through = self._own_products(held)
+        through = self._replaced(held)
         env = evaluate(self.equations, start, edge=edge, tap=tap, through=through)
         return [env[ref] for ref in self.doors]
 
@@ -375,10 +378,11 @@ class HiddenGroup(eqx.Module):
             for (index, k), mask in masks.items()
         }
 
-    def _own_products(
+    def _replaced(
         self, held: Mapping[int, Any] | None
     ) -> dict[int, Callable[[list[Any]], list[Any]]]:
-        found = {}
+        """The local forms of loops and of products, by their equations."""
+        found = {equation.index: loop.local for equation, loop in self.loops}
         products = zip(self.own_products, self.own_pairs, strict=True)
         for (equation, k), pairs in products:
             cut = None if held is None else held[equation.inputs[k]]

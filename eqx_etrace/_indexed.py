@@ -6,7 +6,7 @@ with all places and a select, or a sum of selected rows, it is elementwise or a 
 contraction: each element stays with its unit, and the rows of a unit are its slots.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,37 @@ from jax.extend.core import primitives as prims
 from jax.lax import GatherScatterMode
 
 from ._flatten import Builder, Conversion
-from ._jaxpr import SCATTER_ADD, Equation, Origin, Program, Ref
+from ._jaxpr import SCATTER_ADD, SCATTER_MUL, Equation, Origin, Program, Ref, literal
+
+
+def multiplied(
+    program: Program, equation: Equation, known: Mapping[int, Any]
+) -> tuple[Conversion, str] | None:
+    """`state.at[places].multiply(y)` at constant places, each of them once: a product
+    with ones elsewhere, which is elementwise."""
+    if equation.primitive is not SCATTER_MUL:
+        return None
+    params, (x, places, y) = equation.params, equation.inputs
+    places = known.get(places) if isinstance(places, int) else literal(places)
+    if places is None:
+        return None
+    options = {name: params[name] for name in ("dimension_numbers", "mode")}
+
+    def spread(add: bool, x: Any, y: Any) -> Any:
+        put = jax.lax.scatter_add if add else jax.lax.scatter
+        start = (jnp.zeros if add else jnp.ones)(x.shape, y.dtype)
+        return put(start, jnp.asarray(places), y, **options)
+
+    with jax.ensure_compile_time_eval():
+        shapes = [_shape(program, ref) for ref in (x, y)]
+        if (spread(True, *(jnp.ones(shape) for shape in shapes)) > 1).any():
+            return None
+
+    def convert(b: Builder, inputs: Sequence[Ref]) -> list[Ref]:
+        x, _, y = inputs
+        return b.trace(lambda x, y: [x * spread(False, x, y)], x, y)
+
+    return convert, "a product at some places is a product with ones at the others"
 
 
 def indexed(program: Program, equation: Equation) -> tuple[Conversion, str] | None:

@@ -79,7 +79,7 @@ REAL, IMAG = prims.real_p, prims.imag_p
 COND, SCAN, WHILE = prims.cond_p, prims.scan_p, prims.while_p
 STOP_GRADIENT = prims.stop_gradient_p
 DOT_GENERAL = prims.dot_general_p
-SCATTER_ADD = prims.scatter_add_p
+SCATTER_ADD, SCATTER_MUL = prims.scatter_add_p, prims.scatter_mul_p
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ import numpy as np
 
 from ._custom_types import Labels, Scope
 from ._hidden import Hidden, weighted
-from ._jaxpr import Equation, Origin, Program
+from ._jaxpr import SCAN, Equation, Origin, Program, is_elementwise
+from ._loop import Loop
 from ._own import OwnPairs, own_pairs
 from ._reads import (
     NONE,
@@ -61,6 +62,8 @@ class Locality:
     """Per edge, the elements of the operand that are cut."""
     own: dict[Edge, OwnPairs]
     """Per cut edge, what of the product stays within units; for `scope="unit"`."""
+    loops: dict[int, Loop]
+    """Per equation that is a loop with cuts inside of it, its local form."""
     scope: Scope
 
     @property
@@ -99,9 +102,10 @@ class _Backward:
         self, program: Program, hidden: Hidden, units: Units, reads: Reads, scope: Scope
     ):
         self.program, self.units, self.reads = program, units, reads
-        self.scope = scope
+        self.scope, self.avals = scope, program.avals
         self.fresh = find_fresh(program, reads)
         self.own: dict[Edge, OwnPairs] = {}
+        self.loops: dict[int, Loop] = {}
         self.feeds: dict[int, Labels] = {}
         self.bits: dict[int, Labels] = {}
         self.cuts: dict[Edge, Labels] = {}
@@ -121,7 +125,7 @@ class _Backward:
                     self.through(equation, outputs)
         for ref in list(self.arrivals):
             self.resolve(ref)
-        found = (self.feeds, self.bits, self.seeds, self.cuts, self.own)
+        found = (self.feeds, self.bits, self.seeds, self.cuts, self.own, self.loops)
         return Locality(*found, self.scope)
 
     def resolve(self, ref: int) -> tuple[Labels, Labels] | None:
@@ -183,9 +187,18 @@ class _Backward:
                 target = merge(target, push(found[0], array, size))
                 bits |= push_bits(found[1], array, size)
             if target is not None:
+                self.note_loop(equation, k, size)
                 self.arrive((equation.index, k), ref, target, bits, product)
             if target is not None and product and self.scope == "unit":
                 self.keep_own(equation, k, ref, outputs[0])
+
+    def note_loop(self, equation: Equation, k: int, size: int) -> None:
+        """A loop with cuts inside is cut at its edges in no element, but met."""
+        if equation.primitive is SCAN and not is_elementwise(equation, self.avals):
+            loop = self.reads.loop(equation)
+            if loop.cuts:
+                self.loops[equation.index] = loop
+                self.cuts.setdefault((equation.index, k), np.zeros(size, bool))
 
     def arrive(
         self, edge: Edge, ref: int, target: Labels, bits: Labels, product: bool

@@ -67,8 +67,11 @@ def make_group(
     doors = tuple(hidden.doors[leaf] for leaf in own)
     start = [*old, *doors, *uses]
     equations = local_equations(program, start, doors, locality.closed)
-    far = locality.scope == "unit" and several_hops(
-        program, locality, old, frozenset(doors)
+    loops = [
+        (e, locality.loops[e.index]) for e in equations if e.index in locality.loops
+    ]
+    far = locality.scope == "unit" and (
+        bool(loops) or several_hops(program, locality, old, frozenset(doors))
     )
     whole = local_equations(program, [*old, *uses], doors, {}) if far else None
     edges = [
@@ -123,6 +126,7 @@ def make_group(
         masks=tuple(_mask(program, edge, cut) for edge, cut in partial),
         own_products=tuple(product for product, _ in kept),
         own_pairs=tuple(pairs.arrays() for _, pairs in kept),
+        loops=tuple(loops),
         whole=whole,
     )
 

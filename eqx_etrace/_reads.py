@@ -15,6 +15,7 @@ shape (reads, *shape of o) and holds element numbers of the operand, or NONE:
 """
 
 import enum
+import functools as ft
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as prims
 
+from ._canonicalise import wrapped
 from ._custom_types import Labels
+from ._flatten import Convert
 from ._jaxpr import (
     DOT_GENERAL,
     REDUCTIONS,
+    SCAN,
     SCATTER_ADD,
     Equation,
     Program,
@@ -38,6 +42,8 @@ from ._jaxpr import (
     is_structural,
     literal,
 )
+from ._loop import Loop
+from ._loop_reads import find_loop, loop_reads
 from ._windows import window_reads
 
 
@@ -71,11 +77,15 @@ class Reads:
         program: Program,
         constants: Mapping[int, Any],
         elementwise: frozenset[Any] = frozenset(),
+        convert: Convert = wrapped,
     ):
         self.program = program
         self.constants = constants
         self.elementwise = elementwise
         """Primitives that are elementwise because the user says so."""
+        self.convert = convert
+        """What is done with the calls inside of loops."""
+        self._loops: dict[int, tuple[Loop, list[list[Labels]]]] = {}
         self._kinds: dict[int, Mixing] = {}
         self._cache: dict[tuple[int, int], list[Labels]] = {}
 
@@ -120,10 +130,26 @@ class Reads:
             return [self._windowed(equation, operand)]
         if equation.primitive is DOT_GENERAL:
             return [self._contracted(equation, k)]
+        if equation.primitive is SCAN:
+            return self._loop(equation)[1][k]
         if equation.primitive is SCATTER_ADD and k != 1:
             return [self._added(equation, k)]
         outs = [self.program.avals[ref] for ref in equation.outputs]
         return [_all(operand.size, out.shape) for out in outs]
+
+    def loop(self, equation: Equation) -> Loop:
+        """The local form of a loop that is kept."""
+        return self._loop(equation)[0]
+
+    def _loop(self, equation: Equation) -> tuple[Loop, list[list[Labels]]]:
+        if equation.index not in self._loops:
+            make = ft.partial(Reads, elementwise=self.elementwise, convert=self.convert)
+            found = find_loop(self.program, equation, self.known, make, self.convert)
+            self._loops[equation.index] = found[0], loop_reads(*found)
+        return self._loops[equation.index]
+
+    def is_mixing(self, equation: Equation) -> bool:
+        return self.kind(equation) is Mixing.MIXING
 
     def _moved(self, equation: Equation, k: int) -> list[Labels]:
         indices = index_positions(equation)

@@ -18,7 +18,7 @@ from ._custom_types import Labels
 from ._group import HiddenGroup
 from ._jaxpr import Equation, Origin, Program
 from ._locality import Edge, Locality
-from ._op_rules import OpRule, OpRules, op_rule
+from ._op_rules import OpRule, OpRules, merge_axes, op_rule
 from ._reads import NONE
 from ._units import Units
 
@@ -223,13 +223,14 @@ def make_relation(
             break
         kept = more
     slots = tuple(slot for slot in group.order if slot in kept)
+    op = op_rule(program, use.equation, use.operand, use.output, op_rules)
     shape, weight = program.avals[use.y].shape, program.avals[use.ref]
     return Relation(
         weight=names,
         group=number,
         slots=slots,
         reached=reached,
-        op=op_rule(program, use.equation, use.operand, use.output, op_rules),
+        op=merge_axes(op, positions.reshape(shape)),
         source=use.equation.source,
         ref=use.ref,
         equation=use.equation,

@@ -7,6 +7,7 @@ from ._convolution import Convolution as Convolution, convolution
 from ._dense import Dense as Dense, dense
 from ._elementwise import Elementwise as Elementwise, elementwise
 from ._gather import Gather as Gather, gather
+from ._merged import Merged as Merged, merge_axes as merge_axes
 from ._own import (
     ELEMENTWISE,
     OpRuleBuilder as OpRuleBuilder,

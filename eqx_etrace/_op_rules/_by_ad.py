@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from .._errors import CompileError
 from ._base import OpRule, cast, product
 from ._use import OpUse
 
@@ -42,6 +43,20 @@ class ByAD(OpRule):
 
 
 def by_ad(use: OpUse) -> ByAD:
-    """The default rule, for any operand of any differentiable equation."""
+    """The default rule, for any operand of any differentiable equation.
+
+    **Raises:** `CompileError` for one that JAX cannot differentiate row by row.
+    """
     y_shape, w_shape = use.y.shape, use.weight.shape
-    return ByAD(y_shape + w_shape, w_shape, tuple(range(len(y_shape))), use)
+    rule = ByAD(y_shape + w_shape, w_shape, tuple(range(len(y_shape))), use)
+    try:
+        jax.eval_shape(
+            lambda *args: rule.influence(args[0], args[1:]), use.y, *use.inputs
+        )
+    except NotImplementedError as error:
+        raise CompileError(
+            f"A weight meets the data in `{use.primitive}`, which has no op rule, and "
+            f"JAX cannot map its derivative over the elements of the result: {error}. "
+            "Pass an op rule of your own, `op_rules={primitive: builder}`."
+        ) from error
+    return rule
