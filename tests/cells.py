@@ -240,7 +240,7 @@ BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "joined": lambda a, b: _halves(jnp.tanh(jnp.concatenate([a, b[::-1]]))),
     "summed": lambda a, b: jnp.sum(jnp.tanh(jnp.stack([a, b])), axis=0),
     "coupled": lambda a, b: _coupled(jnp.stack([a, b], axis=1)),
-    "scattered": lambda a, b: jnp.zeros(a.size).at[:].set(a).at[1:].add(b[1:]),
+    "scattered": lambda a, b: a.at[_turned(a.size)].add(b[_turned(a.size)]),
     "where": lambda a, b: jnp.where(a > 0.1, b, 0.5 * b),
 }
 

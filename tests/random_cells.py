@@ -205,8 +205,9 @@ def _exprs(draw, sizes: tuple[int, int, int], roll: bool, depth: int = 3) -> Exp
         return "gate", draw(deeper)
     kind = draw(st.sampled_from(_BINARY))
     if kind in ("summed", "coupled"):
-        # A drive joins what it drives elementwise; through a sum it joins nothing.
-        deeper = _exprs((slots, new, 0), roll, depth - 1)
+        # A drive joins what it drives elementwise; through a sum it joins nothing, and
+        # a new slot that is not stored yet may be a drive alone.
+        deeper = _exprs((slots, 0, 0), roll, depth - 1)
     return kind, draw(deeper), draw(deeper)
 
 
@@ -226,11 +227,13 @@ def _drives(draw, p: int, counts: list[int], done: int) -> Drive:
         drawn.append(dataclasses.replace(source, how=how))
     state = any(source.kind != "x" for source in drawn)
     spellings = [s for s in SPELLINGS if not (state and s == "product and sum")]
+    spelling = draw(st.sampled_from(spellings))
     return Drive(
         tuple(drawn),
-        draw(st.sampled_from(spellings)),
+        spelling,
         draw(st.sampled_from(list(PREPARED))),
-        bias=draw(st.booleans()),
+        # The bias joins what the drive drives, which the sum of products does not.
+        bias=spelling == "product and sum" or draw(st.booleans()),
         norm=draw(st.sampled_from([False] * 9 + [True])),
         tied=draw(st.sampled_from([False] * 5 + [True])),
     )

@@ -41,7 +41,19 @@ SHARDS = 4
 MULTI = "multi-step"
 # Compiling is nearly all that the fuzz costs, and fusions are most of it.
 _OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=_OPTIONS)
+
+
+@functools.cache
+def _options() -> dict[str, Any]:
+    try:
+        jax.jit(lambda: 0, compiler_options=_OPTIONS)()
+    except jax.errors.JaxRuntimeError:  # newer versions always use the emitters
+        return {"xla_backend_optimization_level": 0}
+    return _OPTIONS
+
+
+def quick(fun):
+    return jax.jit(fun, compiler_options=_options())
 
 
 # The dense reference; the formulas are those at the head of `oracles.py`. What is new
