@@ -193,15 +193,20 @@ def flatten(
 
 
 def flatten_body(
-    closed: Any, origins: Sequence[Origin], convert: Convert
+    closed: Any,
+    origins: Sequence[Origin],
+    convert: Convert,
+    known: Mapping[int, Any],
 ) -> tuple[Program, list[Any]]:
-    """Flatten the body of a loop, whose inputs have these origins."""
+    """Flatten the body of a loop, whose inputs have these origins; `known` gives the
+    values of those that are constants, by their position."""
     builder = Builder(convert)
     inner, _ = open_jaxpr(closed)
     inputs = tuple(
         builder.new(to_aval(var.aval), origin)
         for var, origin in zip(inner.invars, origins, strict=True)
     )
+    builder.constants.update((inputs[i], value) for i, value in known.items())
     return _finish(builder, inputs, builder.splice(closed, inputs), 0)
 
 

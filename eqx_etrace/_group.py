@@ -382,7 +382,8 @@ class HiddenGroup(eqx.Module):
         self, held: Mapping[int, Any] | None
     ) -> dict[int, Callable[[list[Any]], list[Any]]]:
         """The local forms of loops and of products, by their equations."""
-        found = {equation.index: loop.local for equation, loop in self.loops}
+        found: dict[int, Callable[[list[Any]], list[Any]]] = {}
+        found.update((equation.index, loop.local) for equation, loop in self.loops)
         products = zip(self.own_products, self.own_pairs, strict=True)
         for (equation, k), pairs in products:
             cut = None if held is None else held[equation.inputs[k]]

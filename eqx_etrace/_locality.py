@@ -102,7 +102,8 @@ class _Backward:
         self, program: Program, hidden: Hidden, units: Units, reads: Reads, scope: Scope
     ):
         self.program, self.units, self.reads = program, units, reads
-        self.scope, self.avals = scope, program.avals
+        self.scope: Scope = scope
+        self.avals = program.avals
         self.fresh = find_fresh(program, reads)
         self.own: dict[Edge, OwnPairs] = {}
         self.loops: dict[int, Loop] = {}

@@ -59,8 +59,12 @@ class _Body:
 
     def __init__(self, equation: Equation, origins: Sequence[Origin], convert: Convert):
         self.params = equation.params
-        origins = loop_origins(equation, origins)
-        body, values = flatten_body(self.params["jaxpr"], origins, convert)
+        # Constants are no more than fixed here: their values are not at hand.
+        fixed = (
+            Origin.PREPARED if o is Origin.CONSTANT else o
+            for o in loop_origins(equation, origins)
+        )
+        body, values = flatten_body(self.params["jaxpr"], list(fixed), convert, {})
         self.body = body
         self.constants = dict(zip(body.constants, values, strict=True))
         data = {r for r, o in enumerate(body.origins) if o is Origin.DATA}
@@ -78,8 +82,8 @@ class _Body:
         data = {ref: v for ref, v in given.items() if ref in self.data}
         env = evaluate(self.preparation, self.constants | given)
         still = {ref: _still(value) for ref, value in env.items()}
-        rest = [[_still(value) for value in values] for values in (carry, xs)]
-        _, (_, operands) = self.scan(still, *rest, None)
+        first, rows = ([_still(value) for value in values] for values in (carry, xs))
+        _, (_, operands) = self.scan(still, first, rows, None)
         shifts = []
         for use, found in zip(self.uses, operands, strict=True):
             values = self.all_at_once(use, env, found)

@@ -38,11 +38,12 @@ def find_loop(
         ],
     )
     origins = [Origin.PREPARED if o is Origin.WEIGHT else o for o in origins]
-    body, values = flatten_body(equation.params["jaxpr"], origins, convert)
-    constants = dict(zip(body.constants, values, strict=True))
-    pairs = zip(body.inputs[:fixed], equation.inputs[:fixed], strict=True)
-    given = {inner: known(outer) for inner, outer in pairs if known(outer) is not None}
-    reads = make_reads(body, constants | given)
+    values = (known(ref) for ref in equation.inputs[:fixed])
+    given = {i: value for i, value in enumerate(values) if value is not None}
+    body, found = flatten_body(equation.params["jaxpr"], origins, convert, given)
+    constants = dict(zip(body.constants, found, strict=True))
+    constants |= {body.inputs[i]: value for i, value in given.items()}
+    reads = make_reads(body, constants)
     cuts = frozenset(
         (inner.index, k)
         for inner in body.equations

@@ -63,7 +63,9 @@ def own_pairs(
     ):
         for axis, place in zip(axes, places, strict=True):
             of_weight[axis] = place
-    weight = np.ravel_multi_index(of_weight, shapes[1 - k]) if of_weight else 0 * y
+    weight: Any = 0 * y
+    if of_weight:
+        weight = np.ravel_multi_index(of_weight, shapes[1 - k])
     return OwnPairs(y[fits], z[fits], weight[fits])
 
 

@@ -233,7 +233,8 @@ def test_gradient_equals_that_of_the_cut_twin(name):
     params_cut, static = eqx.partition(make(fun, cut=True), eqx.is_inexact_array)
 
     def twin(params, carry, x):
-        return eqx.combine(params, static)(x, carry)
+        model: Any = eqx.combine(params, static)
+        return model(x, carry)
 
     got = _sequence(online, params, [state, trace])
     # Backward, JAX cannot run a loop of unknown length.
@@ -261,10 +262,11 @@ class _LoopWithProducts(eqx.Module):
         return h, h
 
 
-def test_recurrent_substeps_are_multi_step():
+@pytest.mark.parametrize("unroll", [0, 64])
+def test_recurrent_substeps_are_multi_step(unroll):
     model = _LoopWithProducts(make(None).w, make(None).u)
     state, targets = _start(Z), jnp.zeros((STEPS, N))
-    graph = etrace.compile(model, state, XS[0])
+    graph = etrace.compile(model, state, XS[0], max_unroll=unroll)
     assert graph.vjp == "multi-step"
     run = quick_jit(functools.partial(online_steps, graph))
     got = run(graph.params(model), state, XS, targets)
@@ -272,8 +274,82 @@ def test_recurrent_substeps_are_multi_step():
     assert_same_gradient(got, expected)
 
 
-def _long_with_products(m, x, h):
-    return h, jax.lax.fori_loop(0, 100, lambda _, h: jnp.tanh(m.u @ h), h)
+def _noisy(m, x, state):
+    """[N, 2]: two packed state variables, noise and spikes along the loop, a weight
+    inside; more substeps than are unrolled."""
+    drive = m.w @ x
+    noise = 0.1 * jnp.sin(jnp.arange(80.0 * N)).reshape(80, N)
+
+    def substep(state, noise):
+        v, a = state[:, 0], state[:, 1]
+        v = v + 0.05 * (drive + noise - jnp.abs(m.a) * v - a)
+        z = spike(v - 0.5)
+        return jnp.stack([v - 0.2 * z, a + 0.05 * (z - a)], axis=1), z
+
+    state, spikes = jax.lax.scan(substep, state, noise)
+    return spikes.mean(0) + state[:, 0], state
+
+
+def _states_alone(m, x, h):
+    """A long loop without weights: a lattice of two, coupled."""
+    mix = jnp.array([[0.99, 0.01], [-0.01, 0.99]])
+    h = jax.lax.fori_loop(0, 90, lambda _, h: jnp.tanh(h @ mix), h)
+    h = h + (m.w @ x).reshape(3, 2)
+    return h.sum(1), h
+
+
+LONG = {
+    "noisy": (_noisy, jnp.zeros((N, 2)), (N, 2)),
+    "states alone": (_states_alone, jnp.zeros((3, 2)), (3, 2)),
+    "substeps": (_gathered_loop, Z, (N, 1)),
+    "long loop": (_long_loop, (Z, Z), (N, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_loops_that_are_not_unrolled_equal_bptt_within_units(name):
+    fun, state, units = LONG[name]
+    model, state = make(fun), _start(state)
+    graph = etrace.compile(model, state, XS[0], max_unroll=0)
+    (group,) = graph.groups
+    assert (group.units, group.slots) == units
+    assert "unrolled to" not in str(graph.report())
+    params, trace = graph.params(model), etrace.init_trace(graph)
+    for relation in graph.relations:
+        assert relation.op.trace_shape in ((N, IN), (N,))
+
+    def online(params, carry, x):
+        out, *carry = etrace.step(graph, params, *carry, x)
+        return out, carry
+
+    def plain(params, carry, x):
+        model: Any = graph.model(params)
+        return model(x, carry)
+
+    got = _sequence(online, params, [state, trace])
+    assert_same_gradient(got, _sequence(plain, params, state))
+
+
+def test_a_long_loop_in_a_batch():
+    model = make(_noisy)
+    states = _start(jnp.zeros((2, N, 2)))
+    graph = etrace.compile(model, states, XS[:2], batched=True)
+    params, trace = graph.params(model), etrace.init_trace(graph)
+
+    def online(params, carry, x):
+        out, *carry = etrace.step(graph, params, *carry, jnp.stack([x, -x]))
+        return out, carry
+
+    def plain(params, carry, x):
+        return jax.vmap(graph.model(params))(jnp.stack([x, -x]), carry)
+
+    got = _sequence(online, params, [states, trace])
+    assert_same_gradient(got, _sequence(plain, params, states))
+
+
+def _long_over_weights(m, x, h):
+    many = jnp.stack([m.a] * 100)
+    return h, jax.lax.scan(lambda h, a: (jnp.tanh(a * h), None), h, many)[0]
 
 
 def _weight_in_while(m, x, h):
@@ -291,7 +367,7 @@ def _print_in_a_branch(m, x, h):
 
 
 REFUSED = {
-    "long with products": (_long_with_products, ["100 steps", "`max_unroll=100`"]),
+    "long, over weights": (_long_over_weights, ["goes along a weight", "=100"]),
     "weight in while": (_weight_in_while, ["unknown length", "reads a weight", "scan"]),
     "print in a branch": (_print_in_a_branch, ["side effect", "out of the branch"]),
 }

@@ -96,7 +96,8 @@ def test_rows_of_a_unit_are_its_slots_and_the_gradient_that_of_bptt(name):
         return out, carry
 
     def plain(params, carry, x):
-        out, state = graph.model(params)(x, carry[0])
+        model: Any = graph.model(params)
+        out, state = model(x, carry[0])
         return out, (state, carry[1])
 
     def gradient(step):

@@ -153,3 +153,34 @@ def test_scope_is_checked():
     object.__setattr__(rule, "scope", "all")
     with pytest.raises(ValueError, match="got 'all', expected 'local' or 'unit'"):
         rule.__check_init__()
+
+
+def test_the_only_unit_of_a_layer_is_cut_from_itself_by_the_local_scope():
+    """One unit: its recurrent product is all its own. With the scope of a unit the
+    rule is BPTT, and the local one is not."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    cell, h = eqx.nn.GRUCell(3, 1, key=keys[0]), jnp.full(1, 0.3)
+    xs = jax.random.normal(keys[1], (6, 3))
+
+    def call(cell, x, h):
+        h = cell(x, h)
+        return h, h
+
+    def gradient(rule):
+        graph = etrace.compile(cell, h, xs[0], rule, call=call)
+        ts = jnp.zeros((6, 1))
+        return quick_jit(functools.partial(online, graph))(
+            graph.params(cell), h, xs, ts
+        )
+
+    def total(cell):
+        carry, loss = h, 0.0
+        for x in xs:
+            carry = cell(x, carry)
+            loss = loss + jnp.sum(carry**2)
+        return loss
+
+    whole = quick_jit(jax.grad(total))(cell)
+    assert_same_gradient(gradient(UNIT), whole)
+    local = gradient(etrace.DRTRL())
+    assert not np.allclose(local.weight_hh, whole.weight_hh, rtol=1e-3)
