@@ -163,19 +163,18 @@ def test_attention_sorts_its_window_by_data():
     assert "[0].K.weight" in message and "state[0][0]" in message
 
 
-@pytest.mark.xfail(reason="credit through `scan`: control flow is refused", strict=True)
 @pytest.mark.parametrize("name", ["Elman", "GRU", "LSTM", "MGU", "two GRU"])
 def test_set_action_on_a_sequence_of_one(name):
     assert_first_step(_problem(name, by_sequence))
 
 
-@pytest.mark.xfail(reason="credit through a matrix exponential", strict=True)
 @pytest.mark.parametrize("name", ["Spherical", "PSpherical"])
-def test_rotation(name):
-    assert_first_step(_problem(name))
+def test_a_rotation_by_a_matrix_exponential_is_refused(name):
+    """It solves a linear system, which is a call with functions of its own."""
+    message = message_of_refusal(_problem(name))
+    assert "`custom_linear_solve`" in message and "does not know" in message
 
 
-@pytest.mark.xfail(reason="complex states are refused", strict=True)
 @pytest.mark.parametrize("name", ["LRU", "FFM"])
 def test_complex_state(name):
     with jax.enable_x64(False):  # the package pins complex64
