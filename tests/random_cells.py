@@ -95,6 +95,34 @@ def hidden_slots(cell: Cell) -> set[Place]:
         hidden |= found
 
 
+def _stored(cell: Cell, p: int, t: int, s: int) -> bool:
+    """Whether new slot t lies in its leaf when slot s is computed."""
+    return any(t in slots and max(slots) < s for _, slots in cell.populations[p].leaves)
+
+
+def _joins(cell: Cell, p: int, s: int, t: int, hidden: set[Place]) -> bool:
+    """Whether new slot t is more than data to slot s: stored, or made of old state or
+    of what a weight adds. A mean over the layer is no unit's own."""
+    if _stored(cell, p, t, s):
+        return (p, t) in hidden
+
+    def carries(e: Expr) -> bool:
+        kind, *args = e
+        if kind == "old":
+            return (p, args[0]) in hidden
+        if kind == "new":
+            return _joins(cell, p, s, args[0], hidden)
+        if kind in ("summed", "coupled"):
+            return any((p, a[0]) in hidden for k, *a in felt(e) if k == "old")
+        if kind in ("roll", "drive", "bias", "scale"):
+            return True
+        drop = NOT_FELT.get(kind)
+        children = [a for a in args if isinstance(a, tuple)]
+        return any(carries(a) for i, a in enumerate(children) if i != drop)
+
+    return carries(cell.populations[p].slots[t].expr)
+
+
 def expected_units(cell: Cell) -> set[frozenset[int]]:
     """The hidden elements of each unit: the slots that read each other, or the same
     drive, are one unit's, index by index."""
@@ -109,7 +137,9 @@ def expected_units(cell: Cell) -> set[frozenset[int]]:
         for s, slot in enumerate(population.slots):
             nodes: list[Any] = [(p, s)] if (p, s) in hidden else []
             for kind, *args in felt(slot.expr):
-                if kind in ("old", "new", "roll") and (p, args[0]) in hidden:
+                if kind in ("old", "roll") and (p, args[0]) in hidden:
+                    nodes.append((p, args[0]))
+                elif kind == "new" and _joins(cell, p, s, args[0], hidden):
                     nodes.append((p, args[0]))
                 elif kind == "drive":
                     nodes.append((p, "drive", args[0]))
@@ -187,7 +217,10 @@ def _exprs(draw, sizes: tuple[int, int, int], roll: bool, depth: int = 3) -> Exp
     kinds = ["old"] * 3 + ["drive"] * 3 * bool(drives) + ["new"] * 3 * bool(new)
     kinds += ["x", "bias", "mean"] + ["roll"] * 2 * roll
     if depth:
-        kinds += ["unary"] * 4 + ["binary"] * 10 + ["scale"] * 4 + ["gate"]
+        kinds += ["unary"] * 4 + ["binary"] * 10 + ["scale"] * 4
+        # The gate drives a whole layer, which is undone; so may be, before it, a drive
+        # that is shared as often as the layer has units, and with it a unit's slots.
+        kinds += ["gate"] * (slots == 1)
     kind = draw(st.sampled_from(kinds))
     if kind in ("old", "mean", "roll"):
         return kind, draw(st.integers(0, slots - 1))
@@ -208,7 +241,21 @@ def _exprs(draw, sizes: tuple[int, int, int], roll: bool, depth: int = 3) -> Exp
         # A drive joins what it drives elementwise; through a sum it joins nothing, and
         # a new slot that is not stored yet may be a drive alone.
         deeper = _exprs((slots, 0, 0), roll, depth - 1)
-    return kind, draw(deeper), draw(deeper)
+    first = _exprs(sizes, roll, 0) if kind == "where" else deeper
+    one, other = draw(first), draw(deeper)
+    if kind == "scattered":  # what is scattered with a weight is cut, as by a product
+        one, other = _with_data(one), _with_data(other)
+    return kind, one, other
+
+
+def _with_data(e: Expr) -> Expr:
+    """The expression, the input added to it if it is made of weights alone."""
+
+    def leaves(e: Expr) -> set[str]:
+        children = [a for a in e[1:] if isinstance(a, tuple)]
+        return {e[0]}.union(*map(leaves, children)) - set(UNARY) - set(BINARY)
+
+    return ("add", e, ("x",)) if leaves(e) <= {"bias", "scale"} else e
 
 
 @st.composite
@@ -266,7 +313,7 @@ def _populations(draw, p: int, counts: list[int], roll: bool) -> Population:
     for s in range(count):
         if not s or draw(st.booleans()):
             drives.append(draw(_drives(p, counts, s)))
-        expr = draw(_exprs((count, s, len(drives)), roll))
+        expr = _with_data(draw(_exprs((count, s, len(drives)), roll)))
         if s == 0:
             expr = (draw(st.sampled_from(["add", "leak", "sub"])), ("drive", 0), expr)
         after = draw(st.sampled_from(["nothing"] * 3 + list(AFTER)))
