@@ -54,6 +54,7 @@ from ._jaxpr import (
     inner_jaxpr,
     is_elementwise,
     is_higher_order,
+    loop_counts,
 )
 from ._loop import descended
 from ._low_rank import low_rank
@@ -126,7 +127,7 @@ def _branches(equation: Equation) -> Conversion:
 def _unrolled(equation: Equation) -> Conversion:
     """The steps of a scan one after the other."""
     params = equation.params
-    consts, carry = params["num_consts"], params["num_carry"]
+    consts, carry = loop_counts(params)
 
     def unroll(b: Builder, inputs: Sequence[Ref]) -> list[Ref]:
         fixed, xs = inputs[:consts], inputs[consts + carry :]
@@ -231,7 +232,7 @@ def _long_loop(
     """The same for a loop that is too long to be unrolled and reads weights."""
     if equation.primitive is not SCAN or is_elementwise(equation, program.avals):
         return None
-    fixed = equation.inputs[: equation.params["num_consts"]]
+    fixed = equation.inputs[: loop_counts(equation.params)[0]]
     weights = (
         isinstance(r, int) and program.origins[r] is Origin.WEIGHT for r in fixed
     )

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from ._custom_types import Labels
-from ._jaxpr import Equation, Origin, Program
+from ._jaxpr import SCATTER_ADD, Equation, Origin, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,12 @@ def influence(program: Program, sources: set[int]) -> set[int]:
 def weighted(program: Program, equation: Equation) -> bool:
     """Whether a trainable weight is among what the equation reads."""
     return any(program.origins[ref] is Origin.WEIGHT for ref in equation.values)
+
+
+def multiplies(program: Program, equation: Equation) -> bool:
+    """Whether, if it mixes, it mixes with a weight; `state.at[...].add(weight)` leaves
+    every element of the state where it is."""
+    return weighted(program, equation) and equation.primitive is not SCATTER_ADD
 
 
 def credit_equations(program: Program, hidden: tuple[int, ...]) -> list[Equation]:

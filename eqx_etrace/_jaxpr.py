@@ -195,6 +195,14 @@ def inner_jaxpr(params: Mapping[str, Any]) -> Any:
     return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
 
 
+def loop_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are fixed, and how many go round."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    fixed, carry, _ = params["ft_in"].unpack()  # from JAX 0.12 on
+    return len(fixed), len(carry)
+
+
 def is_higher_order(equation: Equation) -> bool:
     if equation.primitive in COMBINING:
         return False

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ._custom_types import Labels, Scope
-from ._hidden import Hidden, weighted
+from ._hidden import Hidden, multiplies, weighted
 from ._jaxpr import SCAN, Equation, Origin, Program, is_elementwise
 from ._loop import Loop
 from ._own import OwnPairs, own_pairs
@@ -172,7 +172,7 @@ class _Backward:
 
     def through(self, equation: Equation, outputs: list) -> None:
         mixing = self.reads.kind(equation) is Mixing.MIXING
-        product = mixing and weighted(self.program, equation)
+        product = mixing and multiplies(self.program, equation)
         for k, ref in equation.operands:
             # No unit's state passes through a weight, and weights are large.
             data = self.program.origins[ref] is Origin.DATA

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from ._flatten import Builder, Conversion, Convert, flatten_body
-from ._jaxpr import Equation, Origin, Program, Ref, bind, evaluate, literal
+from ._jaxpr import Equation, Origin, Program, Ref, bind, evaluate, literal, loop_counts
 
 
 def _inexact(array: Any) -> bool:
@@ -36,7 +36,7 @@ def _still(value: Any) -> Any:
 
 def loop_origins(equation: Equation, origins: Sequence[Origin]) -> list[Origin]:
     """Those of the inputs of the body: what changes from substep to substep is data."""
-    fixed = equation.params["num_consts"]
+    fixed, _ = loop_counts(equation.params)
     return [*origins[:fixed], *[Origin.DATA] * len(origins[fixed:])]
 
 
@@ -72,12 +72,11 @@ class _Body:
         self.preparation = [e for e in body.equations if e not in self.steps]
         weights = {r for r, o in enumerate(body.origins) if o is Origin.WEIGHT}
         self.uses = [e for e in self.steps if weights.intersection(e.values)]
-        self.data, self.fixed = data, self.params["num_consts"]
+        self.data, (self.fixed, self.carried) = data, loop_counts(self.params)
 
     def run(self, *args: Any) -> list[Any]:
-        count = self.params["num_carry"]
-        inputs = self.body.inputs
-        carry, xs = args[self.fixed :][:count], args[self.fixed + count :]
+        inputs, last = self.body.inputs, self.fixed + self.carried
+        carry, xs = args[self.fixed : last], args[last:]
         given = dict(zip(inputs, args[: self.fixed], strict=False))
         data = {ref: v for ref, v in given.items() if ref in self.data}
         env = evaluate(self.preparation, self.constants | given)
@@ -151,7 +150,7 @@ class Loop:
     def local(self, args: Sequence[Any]) -> list[Any]:
         """The loop with its products cut."""
         params = self.equation.params
-        first, count = params["num_consts"], params["num_carry"]
+        first, count = loop_counts(params)
         fixed = dict(self.constants) | dict(
             zip(self.body.inputs, args[:first], strict=False)
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from ._custom_types import Labels
 from ._flatten import Convert, flatten_body
-from ._jaxpr import Equation, Origin, Program, Ref
+from ._jaxpr import Equation, Origin, Program, Ref, loop_counts
 from ._loop import Loop, loop_origins
 
 
@@ -29,7 +29,7 @@ def find_loop(
 ) -> tuple[Loop, Any]:
     """A loop and the reads of its body."""
 
-    fixed = equation.params["num_consts"]
+    fixed, _ = loop_counts(equation.params)
     origins = loop_origins(
         equation,
         [
@@ -62,7 +62,7 @@ def loop_reads(loop: Loop, reads: Any) -> list[list[Labels]]:
     """Per operand of the loop and per result, the reads as `Reads` gives them, or
     None where they are too many."""
     params, body = loop.equation.params, loop.body
-    first, count = params["num_consts"], params["num_carry"]
+    first, count = loop_counts(params)
     length = params["length"]
     sizes = [body.avals[ref].size for ref in body.inputs]
     starts = np.concatenate([[0], np.cumsum(sizes)])

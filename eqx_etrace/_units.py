@@ -25,7 +25,7 @@ import numpy as np
 
 from ._custom_types import Labels
 from ._errors import CompileError
-from ._hidden import Hidden, weighted
+from ._hidden import Hidden, multiplies, weighted
 from ._jaxpr import SCATTER_ADD, Equation, Origin, Program
 from ._reads import ALL, NONE, SEVERAL, Mixing, Reads, pull
 
@@ -63,7 +63,7 @@ def _leading_to_doors(
         if data and equation.differentiable:
             found.append(equation)
             mixing = reads.kind(equation) is Mixing.MIXING
-            if not (mixing and weighted(program, equation)):
+            if not (mixing and multiplies(program, equation)):
                 read = (r for r in equation.values if program.avals[r].inexact)
                 needed.update(read)
     return tuple(found[::-1])
@@ -116,7 +116,7 @@ class _Walk:
         for position, ref in enumerate(equation.outputs):
             mine = None
             if self.program.avals[ref].inexact:
-                if labelled and not (mixing and product):
+                if labelled and not (mixing and multiplies(self.program, equation)):
                     mine = self.gather(equation, position, labelled, labels, mixing)
                 if mine is None and product:
                     mine = self.begin(equation, ref)
@@ -178,33 +178,33 @@ class _Joins(_Walk):
         self.pairs: list[Labels] = [np.zeros((2, 0), int)]
         self.joined: dict[int, tuple[int, Labels]] = {}
         """Per equation whose joins can be undone: how wide it joins, some labels."""
-        self.moved: set[int] = set()
-        """The values that hold products of a weight with elements that were moved."""
+        self.repeated: set[int] = set()
+        """The values where a weight has met elements that were repeated for it."""
 
     def through(
         self, equation: Equation, labels: dict[int, Labels]
     ) -> list[Labels | None]:
-        """As above; but where products of a weight with elements that were moved, to
-        meet it, are summed, the two equations are one product that mixes, and no
-        joins are made."""
+        """As above; but where a weight meets elements that were repeated for it and the
+        results are summed, the two equations are one product that mixes, and no joins
+        are made."""
         mine = {ref: labels[ref] for ref in equation.values if ref in labels}
         if self.reads.kind(equation) is Mixing.MIXING:
-            mine = {r: found for r, found in mine.items() if r not in self.moved}
-        elif self.moved.intersection(mine) or (
+            mine = {r: found for r, found in mine.items() if r not in self.repeated}
+        elif self.repeated.intersection(mine) or (
             weighted(self.program, equation)
-            and any(self.is_moved(found, equation) for found in mine.values())
+            and self.reads.kind(equation) is Mixing.ELEMENTWISE
+            and any(self.is_repeated(found, equation) for found in mine.values())
         ):
-            self.moved.update(equation.outputs)
+            self.repeated.update(equation.outputs)
         return super().through(equation, mine)
 
-    def is_moved(self, labels: Labels, equation: Equation) -> bool:
-        """Whether an equation reads hidden elements elsewhere than in their leaf."""
-        hidden = (labels != NONE) & (labels < self.count)
-        if not hidden.any():
+    def is_repeated(self, labels: Labels, equation: Equation) -> bool:
+        """Whether an elementwise equation reads some hidden element more than once."""
+        hidden = labels[(labels != NONE) & (labels < self.count)]
+        if not hidden.size:
             return False
-        same = np.array_equal(self.place[labels[hidden]], np.flatnonzero(hidden))
         sizes = {self.program.avals[ref].size for ref in equation.outputs}
-        return not same or sizes != {labels.size}
+        return sizes != {labels.size} or np.unique(hidden).size < hidden.size
 
     def begin(self, equation: Equation, ref: int) -> Labels | None:
         if self.by_index or equation.index in self.undone:
@@ -216,7 +216,7 @@ class _Joins(_Walk):
 
     def at_door(self, ref: int, labels: Labels | None, own: slice) -> Labels:
         mine = np.arange(own.start, own.stop)
-        self.moved.discard(ref)
+        self.repeated.discard(ref)
         if labels is not None:
             self.join(mine, labels)
         return mine

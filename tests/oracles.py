@@ -29,9 +29,23 @@ from eqx_etrace import init_trace, step
 
 
 STEPS = 20
-# Compiling is nearly all that these small problems cost.
-_quick = {"xla_backend_optimization_level": 0}
-quick_jit = functools.partial(jax.jit, compiler_options=_quick)
+
+
+@functools.cache
+def _quick_options():
+    """Compiling is nearly all that these small problems cost, and fusions are most of
+    it; newer versions of XLA do not let go of these."""
+    plain = {"xla_backend_optimization_level": 0}
+    options = plain | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return plain
+    return options
+
+
+def quick_jit(fun):
+    return jax.jit(fun, compiler_options=_quick_options())
 
 
 def sum_of_squares(out, target):

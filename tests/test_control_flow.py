@@ -227,7 +227,7 @@ def test_gradient_equals_that_of_the_cut_twin(name):
     params, trace = graph.params(model), etrace.init_trace(graph)
 
     def online(params, carry, x):
-        out, *carry = etrace.step(graph, params, *carry, x)
+        out, *carry = etrace.step(graph, params, carry[0], carry[1], x)
         return out, carry
 
     params_cut, static = eqx.partition(make(fun, cut=True), eqx.is_inexact_array)
@@ -319,7 +319,7 @@ def test_loops_that_are_not_unrolled_equal_bptt_within_units(name):
         assert relation.op.trace_shape in ((N, IN), (N,))
 
     def online(params, carry, x):
-        out, *carry = etrace.step(graph, params, *carry, x)
+        out, *carry = etrace.step(graph, params, carry[0], carry[1], x)
         return out, carry
 
     def plain(params, carry, x):
@@ -337,7 +337,7 @@ def test_a_long_loop_in_a_batch():
     params, trace = graph.params(model), etrace.init_trace(graph)
 
     def online(params, carry, x):
-        out, *carry = etrace.step(graph, params, *carry, jnp.stack([x, -x]))
+        out, *carry = etrace.step(graph, params, carry[0], carry[1], jnp.stack([x, -x]))
         return out, carry
 
     def plain(params, carry, x):

@@ -139,7 +139,7 @@ class Net(eqx.Module):
     parts: dict
 
     def __call__(self, x, state):
-        h = self.cell(self.parts['a "quoted" [x] <b>'] @ jnp.tanh(x), state["#h|"])
+        h = self.cell(jnp.tanh(self.parts['a "quoted" [x] <b>'] @ x), state["#h|"])
         return {"(out)": h, "hidden": h}, {"#h|": h}
 
 

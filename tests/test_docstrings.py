@@ -12,6 +12,7 @@ import eqx_etrace
 
 # What the examples take for granted: a model, its graph and one sample of data.
 PREAMBLE = """
+import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp

@@ -92,7 +92,7 @@ def test_rows_of_a_unit_are_its_slots_and_the_gradient_that_of_bptt(name):
     assert "compared with every place" in str(graph.explain(state="state[0]"))
 
     def ours(params, carry, x):
-        out, *carry = etrace.step(graph, params, *carry, x)
+        out, *carry = etrace.step(graph, params, carry[0], carry[1], x)
         return out, carry
 
     def plain(params, carry, x):
