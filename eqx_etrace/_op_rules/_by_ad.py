@@ -33,13 +33,14 @@ class ByAD(OpRule):
         def y(w: Any) -> Any:
             return self.use.y_of(w, operands)
 
-        # Reverse mode, row by row of y: a custom_vjp has no other.
-        value, pull = jax.vjp(y, jnp.asarray(operands[self.use.operand]))
+        # Reverse mode: a custom_vjp has no other.
+        w = jnp.asarray(operands[self.use.operand])
+        if not jnp.issubdtype(self.use.y.dtype, jnp.complexfloating):
+            return product(self.expand(df), cast(jax.jacrev(y)(w), df.dtype))
+        value, pull = jax.vjp(y, w)
         rows = jnp.eye(value.size, dtype=value.dtype).reshape(-1, *value.shape)
-        if jnp.iscomplexobj(value):
-            rows, df = rows * df[None].astype(value.dtype), jnp.ones_like(df.real)
-        jacobian = jax.vmap(pull)(rows)[0].reshape(self.trace_shape)
-        return product(self.expand(df), cast(jacobian, df.dtype))
+        (found,) = jax.vmap(pull)(rows * df[None].astype(value.dtype))
+        return cast(found.reshape(self.trace_shape), df.dtype)
 
 
 def by_ad(use: OpUse) -> ByAD:
