@@ -229,7 +229,8 @@ class _Joins(_Walk):
                 return np.full(rows.shape[1], NONE)
             self.joined[equation.index] = (width, _first(hidden))
             if equation.primitive is not SCATTER_ADD:  # which only sends them on
-                rows = hidden
+                alone = (rows != NONE).sum(axis=0) == 1
+                rows = np.where(alone, rows, hidden)
         chosen = self.choose(rows)
         for row in rows:
             self.join(chosen, row)

@@ -201,7 +201,7 @@ def test_a_sum_joins_slots_in_whatever_order_they_were_added(first):
     check(Cell((population,), (Read("new", (0, 1)),)))
 
 
-# What the cells are not drawn to contain; the last is not credited yet.
+# What the cells are not drawn to contain.
 
 
 def _ring(w, u, x, h):
@@ -240,20 +240,13 @@ def _product(w, u, x, h):
     return h, h
 
 
-_limit = pytest.mark.xfail(
-    reason="no temporal credit: the drive is split by a sum that joins nothing",
-    raises=(AssertionError, etrace.CompileError),
-    strict=True,
-)
-
-
 @pytest.mark.parametrize(
     "fun, shape, weight",
     [
         pytest.param(_product, (IN,), "u", id="product"),
         pytest.param(_ring, (IN,), "w", id="ring"),
         pytest.param(_spelt_out, (IN,), "u", id="spelt out"),
-        pytest.param(_shared_through_a_sum, (2, IN), "w", id="shared", marks=_limit),
+        pytest.param(_shared_through_a_sum, (2, IN), "w", id="shared"),
     ],
 )
 def test_every_entry_of_a_weight_has_a_trace(fun, shape, weight):
