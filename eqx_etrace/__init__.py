@@ -1,8 +1,9 @@
 """Online learning of recurrent and spiking networks with eligibility traces."""
 
+from ._compile import compile as compile
 from ._decision import Decision as Decision, Kind as Kind
 from ._errors import CompileError as CompileError
-from ._graph import ETraceGraph as ETraceGraph, compile as compile
+from ._graph import ETraceGraph as ETraceGraph
 from ._group import HiddenGroup as HiddenGroup
 from ._inspect import (
     StepJacobians as StepJacobians,

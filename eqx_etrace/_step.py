@@ -23,12 +23,12 @@ from ._group import HiddenGroup
 from ._jacobian import (
     GroupJacobian,
     jacobians,
-    partial_signal,
     prepare,
     relation_jacobian,
     run,
     shared_env,
 )
+from ._same_step import partial_signal
 from ._stage import Frozen
 
 
@@ -228,24 +228,19 @@ def _credit(
 
     def signals(derivatives: Any, found: Any) -> Any:
         leaves = dict(enumerate(derivatives))
-        spread = []
         per_group = []
         for number, group in enumerate(graph.groups):
             signal = group.read(leaves)
             if found is not None:
-                signal = partial_signal(group, signal, found[number].within)
+                signal = partial_signal(signal, found[number].within)
             quiet = zip(signal, silent[number], strict=True)
             per_group.append([None if none else v for v, none in quiet])
-        for relation in graph.relations:
-            signal = per_group[relation.group]
-            put = relation.map.spread
-            spread.append([None if v is None else put(v) for v in signal])
-        return spread
+        return per_group
 
-    spread = _per_sample(graph, signals, (0, 0))(derivatives, found)
+    heard = _per_sample(graph, signals, (0, 0))(derivatives, found)
     total = dict(zip(graph.weights, gradients, strict=True))
     for number, relation in enumerate(graph.relations):
-        gradient = graph.rule.gradient(relation, trace[number], spread[number])
+        gradient = graph.rule.gradient(relation, trace[number], heard[relation.group])
         total[relation.ref] = total[relation.ref] + gradient
     return tuple(total[ref] for ref in graph.weights)
 
