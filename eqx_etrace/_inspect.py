@@ -27,7 +27,7 @@ from ._jacobian import (
 from ._relation import Relation
 from ._same_step import partial_signal, same_step_total
 from ._stage import named_leaves
-from ._step import _leaves, _per_sample
+from ._step import _per_sample, read_step
 
 
 class WeightJacobian(eqx.Module):
@@ -116,7 +116,7 @@ def jacobians(
             print(group.leaves, J.shape)  # ("state",) (8, 1, 1)
         ```
     """
-    param_leaves, state_leaves, x_leaves = _leaves(graph, params, state, x)
+    param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
     weights, prepared = prepare(graph, param_leaves)
     reads = sorted({ref for group in graph.groups for ref in group.reads})
     known = (*graph.weights, *graph.prepared, *graph.program.constants)
@@ -222,7 +222,7 @@ def learning_signal(
         (signal,) = eqx_etrace.learning_signal(graph, params, state, x, cotangent)
         ```
     """
-    param_leaves, state_leaves, x_leaves = _leaves(graph, params, state, x)
+    param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
     given = _cotangent_leaves(graph, cotangent)
     weights, prepared = prepare(graph, param_leaves)
 

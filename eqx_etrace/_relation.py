@@ -113,6 +113,7 @@ class Relation(eqx.Module):
     equation: Equation = eqx.field(static=True)
     operand: int = eqx.field(static=True)
     y: int = eqx.field(static=True)
+    y_dtype: Any = eqx.field(static=True)
     trace_dtypes: tuple[Any, ...] = eqx.field(static=True)
     weight_dtype: Any = eqx.field(static=True)
     derivative_shape: tuple[int, ...] | None = eqx.field(static=True)
@@ -159,6 +160,20 @@ class Relation(eqx.Module):
         args = list(operands)
         args[self.operand] = w
         return bind(self.equation, args)[self.equation.outputs.index(self.y)]
+
+    def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
+        """dy/dw, shaped to broadcast against the trace, however large."""
+        found = self.op.derivative(operands)
+        if found is not None:
+            return found
+        one = jnp.ones(self.y_shape, self.y_dtype)
+        whole = self.op.influence(one, operands)
+        real = not jnp.issubdtype(self.weight_dtype, jnp.complexfloating)
+        if not jnp.iscomplexobj(one) or not real:
+            return whole
+        # By a real weight an influence is the real part of a product.
+        imaginary = self.op.influence(-1j * one, operands)
+        return jax.lax.complex(whole.real, imaginary.real)
 
     @property
     def array_slots(self) -> tuple[int, ...]:
@@ -302,6 +317,7 @@ def make_relation(
         equation=use.equation,
         operand=use.operand,
         y=use.y,
+        y_dtype=program.avals[use.y].dtype,
         trace_dtypes=tuple(_trace_dtype(group.dtypes[s], weight.dtype) for s in slots),
         weight_dtype=weight.dtype,
         derivative_shape=smaller,

@@ -53,24 +53,23 @@ class Setting:
 
 
 class Forward(NamedTuple):
-    """A window that has run: per step the old hidden leaves, and the kept values."""
+    """A window that has run: the last state, and of every step the outputs, the old
+    hidden leaves and the kept values."""
 
     state: list[Any]
+    outs: list[Any]
     old: list[Any]
     kept: dict[int, Any]
 
 
-def renew(setting: Setting, state: Sequence[Any], reset: Any | None) -> list[Any]:
-    """The state, with a new start where `reset` says so."""
-    if reset is None:
-        return list(state)
-    assert setting.initial is not None
+def renew(new: PyTree, old: PyTree, where: Any) -> PyTree:
+    """The old leaves, and the new ones where `where`, of their first axes, says so."""
 
     def choose(new: Any, old: Any) -> Any:
-        where = reset.reshape(reset.shape + (1,) * (old.ndim - reset.ndim))
-        return jnp.where(where, new, old)
+        mask = where.reshape(where.shape + (1,) * (old.ndim - where.ndim))
+        return jnp.where(mask, new, old)
 
-    return list(map(choose, setting.initial, state))
+    return jax.tree.map(choose, new, old)
 
 
 def forward(
@@ -84,20 +83,20 @@ def forward(
     graph, env = setting.graph, setting.env
 
     def one(state: Any, x: Any) -> Any:
-        new, _, kept = run(graph, env, state, x, keep=keep)
-        return new, kept
+        return run(graph, env, state, x, keep=keep)
 
     per_sample = one if graph.batch is None else jax.vmap(one)
 
     def body(state: list[Any], step: Any) -> Any:
         slices, fresh = step
-        state = renew(setting, state, fresh)
-        new, kept = per_sample(state, at_step(setting, xs, slices))
-        return new, ([state[i] for i in graph.hidden.leaves], kept)
+        if fresh is not None:
+            state = renew(setting.initial, state, fresh)
+        new, out, kept = per_sample(state, at_step(setting, xs, slices))
+        return new, (out, [state[i] for i in graph.hidden.leaves], kept)
 
     steps = moving_leaves(setting, xs), reset
-    new, (old, kept) = jax.lax.scan(body, list(state), steps)
-    return Forward(new, old, dict(zip(keep, kept, strict=True)))
+    new, (outs, old, kept) = jax.lax.scan(body, list(state), steps)
+    return Forward(new, outs, old, dict(zip(keep, kept, strict=True)))
 
 
 def moving_leaves(setting: Setting, xs: Sequence[Any]) -> list[Any]:
@@ -256,10 +255,7 @@ def single_step_window(
     keep = sorted({*graph.saved, *part.context})
     ran = forward(setting, state, xs, reset, keep)
     context = merge(graph, [ran.kept[ref] for ref in part.context])
-    doors = [ran.old[i][0] for i in range(len(graph.hidden.doors))]
-    samples = len(jax.tree.leaves(merge(graph, ran.old[0]))[0])
-    first = 0 if graph.batch is None else 1
-    zeros = [jnp.zeros((samples, *d.shape[first:]), d.dtype) for d in doors]
+    zeros = [jnp.zeros_like(leaf) for leaf in merge(graph, ran.old)]
 
     def outputs(weights: Any, change: Any) -> Any:
         env = shared_env(graph, weights, setting.prepared)
@@ -301,3 +297,60 @@ def add_gradients(
         if gradient is not None:
             total[relation.ref] = total[relation.ref] + gradient
     return [total[ref] for ref in graph.weights]
+
+
+def multi_step_window(
+    setting: Setting,
+    state: Sequence[Any],
+    trace: Sequence[Any] | None,
+    xs: Sequence[Any],
+    reset: Any | None,
+    losses: OutputGradient,
+) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
+    """The same by reverse mode within the window, and by the trace at its start."""
+    graph = setting.graph
+
+    def outputs(weights: Any, hidden: Any) -> Any:
+        ran = forward_from(setting, weights, state, hidden, xs, reset)
+        return [leaf for leaf in ran.outs if _inexact(leaf)], ran
+
+    hidden = [state[i] for i in graph.hidden.leaves]
+    _, pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
+    result, given = losses(ran.outs)
+    direct, edge = pull(given)
+    gradients = at_edge(graph, trace, edge)
+    new = credit(setting, ran, trace, None, reset)[1]
+    return result, add_gradients(graph, direct, gradients), ran.state, new
+
+
+def forward_from(
+    setting: Setting,
+    weights: Any,
+    state: Sequence[Any],
+    hidden: Sequence[Any],
+    xs: Sequence[Any],
+    reset: Any | None,
+) -> Forward:
+    """The plain steps as a function of the weights and the hidden leaves."""
+    graph, start = setting.graph, list(state)
+    for i, leaf in zip(graph.hidden.leaves, hidden, strict=True):
+        start[i] = leaf
+    setting = dataclasses.replace(setting, weights=weights)
+    return forward(setting, start, xs, reset, graph.saved)
+
+
+def at_edge(
+    graph: ETraceGraph, trace: Sequence[Any] | None, edge: Sequence[Any]
+) -> list[Any | None]:
+    """Per relation what its trace gives for the derivatives by the hidden leaves."""
+    if trace is None:
+        return [None for _ in graph.relations]
+    leaves = dict(enumerate(edge))
+    signals = []
+    for group in graph.groups:
+        read = group.read if graph.batch is None else jax.vmap(group.read)
+        signals.append(read(leaves))
+    return [
+        graph.rule.gradient(relation, trace[number], signals[relation.group])
+        for number, relation in enumerate(graph.relations)
+    ]

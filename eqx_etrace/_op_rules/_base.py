@@ -17,6 +17,7 @@ matrices, and a rule may filter dy/dw alone.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +27,10 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from ._products import cast, sum_of_product
+
+
+_SMALL = 1 << 14
+"""Traces of so few elements need no care."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +169,8 @@ class OpRule(abc.ABC):
         samples = tuple(vectors), tuple(traces)
         if traces[0].ndim == len(self.trace_shape):
             return self._sum(vectors, traces, dtype)
+        if math.prod(self.trace_shape) <= _SMALL:
+            return self._all(vectors, traces, dtype)
 
         def one_by_one(*samples: Any) -> Any:
             def add(total: Any, sample: Any) -> tuple[Any, None]:
@@ -174,12 +181,15 @@ class OpRule(abc.ABC):
             return jax.lax.scan(add, zero, samples)[0]
 
         def at_once(*samples: Any) -> Any:
-            each = jax.vmap(lambda vs, es: self._sum(vs, es, dtype))(*samples)
-            return jnp.sum(each, axis=0)
+            return self._all(*samples, dtype)
 
         # XLA's CPU backend takes 2 to 5 times as long for any reduction or product
         # over the leading axis; a GPU would run the loop as one small kernel a sample.
         return jax.lax.platform_dependent(*samples, cpu=one_by_one, default=at_once)
+
+    def _all(self, vectors: Any, traces: Any, dtype: Any) -> Any:
+        each = jax.vmap(lambda vs, es: self._sum(vs, es, dtype))(vectors, traces)
+        return jnp.sum(each, axis=0)
 
     def _sum(self, vectors: Sequence[Any], traces: Sequence[Any], dtype: Any) -> Any:
         total = jnp.zeros((), dtype)

@@ -38,6 +38,15 @@ class RelationJacobian:
     operands: tuple[Any, ...]
 
 
+def check_scope(scope: Any) -> None:
+    """Raise `ValueError` unless it is one of those there are."""
+    if scope not in ("local", "unit"):
+        raise ValueError(
+            f"scope: got {scope!r}, expected 'local' or 'unit'. Leave it out "
+            "for D-RTRL; 'unit' is SnAp-1."
+        )
+
+
 class LocalRule(eqx.Module):
     """A learning rule that works relation by relation.
 

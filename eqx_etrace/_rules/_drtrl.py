@@ -12,7 +12,7 @@ from jaxtyping import Array, Shaped
 from .._custom_types import Scope
 from .._op_rules import cast, product
 from .._relation import Relation
-from ._base import LocalRule, RelationJacobian
+from ._base import LocalRule, RelationJacobian, check_scope
 from ._fused import advance, through
 from ._window import Window
 
@@ -77,11 +77,7 @@ class DRTRL(LocalRule):
     scope: Scope = eqx.field(static=True, default="local")
 
     def __check_init__(self) -> None:
-        if self.scope not in ("local", "unit"):
-            raise ValueError(
-                f"scope: got {self.scope!r}, expected 'local' or 'unit'. Leave it out "
-                "for D-RTRL; 'unit' is SnAp-1."
-            )
+        check_scope(self.scope)
 
     def init(self, relation: Relation) -> tuple[Entry, ...]:
         """Zeros in the layout of the relation, one entry per slot."""

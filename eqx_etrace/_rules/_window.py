@@ -227,6 +227,25 @@ class Window:
         """`fun` of one sample, mapped over the batch at this axis of all arguments."""
         return fun if self.batch is None else jax.vmap(fun, in_axes=axis)
 
+    def per_sample_of(self, tree: Any) -> Any:
+        """What is the same for all samples, for each of them."""
+        if self.batch is None:
+            return tree
+        lead = (self.batch,)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, lead + a.shape), tree)
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The arrays of the Jacobian that have axes in front, a pytree."""
+        found = self.jacobian
+        moving = self.moving(found.operands)
+        return found.transition, found.within, found.direct, moving
+
+    def step(self, parts: tuple[Any, ...]) -> RelationJacobian:
+        """The Jacobian of one step and sample from these."""
+        *entries, moving = parts
+        return RelationJacobian(*entries, self.operands(moving))
+
     def pullback(self, q: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """The sum over time, batch and y of q . dy/dw."""
         relation = self.relation
