@@ -32,8 +32,8 @@ class RelationJacobian:
     - `operands`: the values of the operands of the use, the weight among them.
     """
 
-    transition: Sequence[Sequence[Shaped[Array, " units"] | None]]
-    within: Sequence[Sequence[Shaped[Array, " units"] | None]]
+    transition: Sequence[Sequence[Shaped[Array, "..."] | None]]
+    within: Sequence[Sequence[Shaped[Array, "..."] | None]]
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
 

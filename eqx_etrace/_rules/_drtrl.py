@@ -236,6 +236,8 @@ class DRTRL(LocalRule):
                 continue
             derivative = window.derivative(last.operands)
             new.append(within.factors(slot, cast(derivative, dtype), dtype))
+        shapes = window.per_sample_of(self.init(relation))
+        new = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), new, [*shapes])
         return gradient, tuple(new)
 
 
