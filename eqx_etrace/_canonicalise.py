@@ -365,15 +365,16 @@ def _about(
     read = set(equation.values)
     sources = params_of(program, first)
     weights = frozenset().union(*(sources.get(ref, ()) for ref in read))
-    state = (
-        path
-        for path, ref in zip(
-            staged.state.parts.paths, program.inputs[first:], strict=False
-        )
-        if read & influence(program, {ref})
-    )
+
+    def reaching(paths: Sequence[str], refs: Sequence[int]) -> tuple[str, ...]:
+        pairs = zip(paths, refs, strict=False)
+        return tuple(path for path, ref in pairs if read & influence(program, {ref}))
+
     paths = tuple(staged.params.paths[i] for i in sorted(weights))
-    return paths, tuple(state), equation.source
+    state = reaching(staged.state.parts.paths, program.inputs[first:])
+    if not paths and not state:  # what a weight adds to the step
+        paths = reaching(staged.params.paths, program.inputs)
+    return paths, state, equation.source
 
 
 def _refuse(program: Program, credit: Sequence[Equation], max_unroll: int) -> None:
