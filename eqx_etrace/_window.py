@@ -186,7 +186,7 @@ def credit(
     """
     graph, env = setting.graph, setting.env | ran.kept
     groups = [
-        _group_window(graph, number, jacobian, totals, reset)
+        _group_window(graph, number, jacobian, totals, reset, len(ran.old[0]))
         for number, jacobian in enumerate(window_jacobians(setting, ran))
     ]
     gradients, traces = [], []
@@ -215,6 +215,7 @@ def _group_window(
     jacobian: GroupJacobian,
     totals: Sequence[Any] | None,
     reset: Any | None,
+    steps: int,
 ) -> tuple[GroupWindow, GroupJacobian]:
     group = graph.groups[number]
     if totals is not None:
@@ -232,6 +233,7 @@ def _group_window(
         alive,
         graph.batch,
         sorted(rows),
+        steps,
     )
     transition = tuple(map(tuple, window.transition))
     return window, dataclasses.replace(jacobian, transition=transition)

@@ -44,9 +44,10 @@ class GroupWindow:
         alive: Bool[Array, "..."] | None,
         batch: int | None,
         rows: Sequence[int],
+        steps: int,
     ):
         self.group, self.within, self.total = group, within, total
-        self.batch, self.rows = batch, rows
+        self.batch, self.rows, self.steps = batch, rows, steps
         if alive is not None:  # What a lane forgets at a reset, it forgets altogether.
             transition = [
                 [None if d is None else jnp.where(alive[..., None], d, 0) for d in row]
@@ -107,9 +108,9 @@ class GroupWindow:
             ]
             return kept, factors
 
-        # The number of steps, where no entry tells it.
         steps = self.transition, self.within
-        first, factors = jax.lax.scan(back, one, steps, reverse=True)
+        # The number of steps, for there may be no entry that tells it.
+        first, factors = jax.lax.scan(back, one, steps, self.steps, reverse=True)
         return factors, first
 
     def _like(self) -> list[Any]:
