@@ -22,7 +22,9 @@ class RelationJacobian:
     """The derivatives of the local program that concern one relation, of one sample.
 
     They are direct derivatives of the new slot s': by the old slots, by the other new
-    slots of the same step, and by y, the rest held fixed. None where structurally zero.
+    slots of the same step, and by y, the rest held fixed. None where structurally zero;
+    in rows of slots whose trace is alike for all units a single entry. In a window they
+    have time and batch in front.
 
     **Attributes:**
 
@@ -32,8 +34,8 @@ class RelationJacobian:
     - `operands`: the values of the operands of the use, the weight among them.
     """
 
-    transition: Sequence[Sequence[Shaped[Array, " units"] | None]]
-    within: Sequence[Sequence[Shaped[Array, " units"] | None]]
+    transition: Sequence[Sequence[Shaped[Array, "... #units"] | None]]
+    within: Sequence[Sequence[Shaped[Array, "... #units"] | None]]
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
 
