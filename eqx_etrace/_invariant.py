@@ -9,6 +9,7 @@ equal, and the equations that make the Jacobian are run on these numbers.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def _gains(relation: Relation) -> bool:
     return (
         smaller is not None
         and bool(relation.array_slots)
-        and np.prod(smaller) < np.prod(relation.op.trace_shape)
+        and math.prod(smaller) < math.prod(relation.op.trace_shape)
         and relation.map.total
     )
 
