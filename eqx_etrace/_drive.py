@@ -300,16 +300,24 @@ def _window(
         run = single_step_window
     else:
         run = multi_step_window
+    length = len(jtu.tree_leaves(part)[0])
     result, gradients, state, trace = run(
-        setting, carry.state, carry.trace, xs, part.reset, losses
+        setting, carry.state, carry.trace, xs, part.reset, losses, length
     )
     return result, Carry(state, trace, gradients)
 
 
 def _one_step(
-    setting: Setting, state: Any, trace: Any, xs: Any, reset: Any, losses: Losses
+    setting: Setting,
+    state: Any,
+    trace: Any,
+    xs: Any,
+    reset: Any,
+    losses: Losses,
+    length: int,
 ) -> tuple[Any, list[Any], list[Any], Any]:
     """A window of one step, by the derivative of `step`."""
+    assert length == 1
     graph = setting.graph
     slices = [leaf[0] for leaf in moving_leaves(setting, xs)]
     x = at_step(setting, xs, slices)

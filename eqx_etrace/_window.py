@@ -78,8 +78,10 @@ def forward(
     xs: Sequence[Any],
     reset: Any | None,
     keep: Sequence[int],
+    length: int | None = None,
 ) -> Forward:
-    """Run the plain steps; `xs` has time in front where it moves."""
+    """Run the plain steps; `xs` has time in front where it moves. `length` is how many
+    steps there are, which has to be given if no input moves."""
     graph, env = setting.graph, setting.env
 
     def one(state: Any, x: Any) -> Any:
@@ -95,7 +97,7 @@ def forward(
         return new, (out, [state[i] for i in graph.hidden.leaves], kept)
 
     steps = moving_leaves(setting, xs), reset
-    new, (outs, old, kept) = jax.lax.scan(body, list(state), steps)
+    new, (outs, old, kept) = jax.lax.scan(body, list(state), steps, length)
     return Forward(new, outs, old, dict(zip(keep, kept, strict=True)))
 
 
@@ -251,11 +253,12 @@ def single_step_window(
     xs: Sequence[Any],
     reset: Any | None,
     losses: OutputGradient,
+    length: int,
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """Losses, gradients of the weights, state and trace: equal to step by step."""
     graph, part = setting.graph, readout(setting.graph)
     keep = sorted({*graph.saved, *part.context})
-    ran = forward(setting, state, xs, reset, keep)
+    ran = forward(setting, state, xs, reset, keep, length)
     context = merge(graph, [ran.kept[ref] for ref in part.context])
     zeros = [jnp.zeros_like(leaf) for leaf in merge(graph, ran.old)]
 
@@ -308,12 +311,13 @@ def multi_step_window(
     xs: Sequence[Any],
     reset: Any | None,
     losses: OutputGradient,
+    length: int,
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """The same by reverse mode within the window, and by the trace at its start."""
     graph = setting.graph
 
     def outputs(weights: Any, hidden: Any) -> Any:
-        ran = forward_from(setting, weights, state, hidden, xs, reset)
+        ran = forward_from(setting, weights, state, hidden, xs, reset, length)
         return [leaf for leaf in ran.outs if _inexact(leaf)], ran
 
     hidden = [state[i] for i in graph.hidden.leaves]
@@ -332,13 +336,14 @@ def forward_from(
     hidden: Sequence[Any],
     xs: Sequence[Any],
     reset: Any | None,
+    length: int | None = None,
 ) -> Forward:
     """The plain steps as a function of the weights and the hidden leaves."""
     graph, start = setting.graph, list(state)
     for i, leaf in zip(graph.hidden.leaves, hidden, strict=True):
         start[i] = leaf
     setting = dataclasses.replace(setting, weights=weights)
-    return forward(setting, start, xs, reset, graph.saved)
+    return forward(setting, start, xs, reset, graph.saved, length)
 
 
 def at_edge(
