@@ -19,11 +19,7 @@ from ._inspect import (
 from ._learn import learn as learn
 from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._relation import Relation as Relation
-from ._rules import (
-    DRTRL as DRTRL,
-    ESDRTRL as ESDRTRL,
-    FactorisedTrace as FactorisedTrace,
-)
+from ._rules import DRTRL as DRTRL, ESDRTRL as ESDRTRL
 from ._step import init_trace as init_trace, step as step
 from ._steps import evolve as evolve, steps as steps
 

@@ -7,7 +7,7 @@ find_units      which hidden elements are one neuron
 find_locality   what must be cut so that neurons stay apart, and who feeds whom
 relations       which use of a weight feeds which units
 find_bypasses   whether the new state is the only way out
-with_alike      which traces are the same for all units
+with_facts      which traces are the same for all units
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from ._errors import CompileError
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._hidden import Hidden, find_hidden, params_of
-from ._invariant import with_alike
+from ._invariant import with_facts
 from ._jaxpr import Equation, Origin, Program, live
 from ._locality import Locality, find_locality
 from ._make_group import make_group
@@ -274,7 +274,7 @@ def compile(
         chosen,
         (*decide(analysis), *rewritten, *bypasses),
     )
-    return with_alike(graph)
+    return with_facts(graph)
 
 
 def _assemble(

@@ -1,5 +1,6 @@
 """`value_and_grad` and `grad`: sequences in windows, with memory flat in time."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -9,19 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._forward import Setting, at_step, moving_leaves, renew
 from ._graph import ETraceGraph
 from ._inputs import Inputs, check_lanes, check_time, read_inputs
 from ._jacobian import prepare
 from ._objective import Losses, Objective, count
 from ._step import check_trace, init_trace, one_step, read_state
-from ._window import (
-    Setting,
-    at_step,
-    moving_leaves,
-    multi_step_window,
-    renew,
-    single_step_window,
-)
+from ._window import multi_step_window, single_step_window
 
 
 Reduction = Literal["sum", "mean"]
@@ -101,7 +96,9 @@ def value_and_grad(
     !!! example
 
         ```python
-        loss_fn = lambda out, target: jnp.sum((out - target) ** 2)
+        def loss_fn(out, target):
+            return jnp.sum((out - target) ** 2)
+
         fun = jax.jit(eqx_etrace.value_and_grad(graph, loss_fn))
         losses, grads, state, trace = fun(params, state, None, xs, targets)
         ```
@@ -225,7 +222,7 @@ def sequence(
     if rest.reset is not None:
         new = jtu.tree_map(jnp.zeros_like, state) if initial is None else initial
         initial = read_state(graph, params, new)[1]
-    setting = Setting(graph, weights, prepared, inputs.moving, initial)
+    setting = Setting(graph, weights, prepared, inputs.moving, inputs.steps, initial)
     length = window or pick_window(setting, inputs, rest)
     result, carry = _windows(
         setting, objective, length, Carry(start, trace, []), inputs, rest
@@ -291,6 +288,8 @@ def _window(
     part: Sequence,
 ) -> tuple[Any, Carry]:
     losses = Losses(setting.graph, objective, part.targets, part.mask)
+    steps = len(jtu.tree_leaves(part)[0])
+    setting = dataclasses.replace(setting, steps=steps)
     rest = iter(part.xs)
     pairs = zip(inputs.leaves, inputs.moving, strict=True)
     xs = [next(rest) if moves else leaf for leaf, moves in pairs]
@@ -300,24 +299,16 @@ def _window(
         run = single_step_window
     else:
         run = multi_step_window
-    length = len(jtu.tree_leaves(part)[0])
     result, gradients, state, trace = run(
-        setting, carry.state, carry.trace, xs, part.reset, losses, length
+        setting, carry.state, carry.trace, xs, part.reset, losses
     )
     return result, Carry(state, trace, gradients)
 
 
 def _one_step(
-    setting: Setting,
-    state: Any,
-    trace: Any,
-    xs: Any,
-    reset: Any,
-    losses: Losses,
-    length: int,
+    setting: Setting, state: Any, trace: Any, xs: Any, reset: Any, losses: Losses
 ) -> tuple[Any, list[Any], list[Any], Any]:
     """A window of one step, by the derivative of `step`."""
-    assert length == 1
     graph = setting.graph
     slices = [leaf[0] for leaf in moving_leaves(setting, xs)]
     x = at_step(setting, xs, slices)

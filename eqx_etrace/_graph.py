@@ -8,6 +8,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ._decision import Decision
 from ._diagram import input_names, to_mermaid, to_text
+from ._facts import GroupFacts
 from ._group import HiddenGroup
 from ._hidden import Hidden
 from ._jaxpr import Equation, Program
@@ -69,6 +70,8 @@ class ETraceGraph(eqx.Module):
     """What else it reads from there: made of params, without a derivative."""
     saved: tuple[int, ...] = eqx.field(static=True)
     """The values of the body that traces and local programs read."""
+    facts: tuple[GroupFacts, ...] = eqx.field(static=True, default=())
+    """Per group, what is known of its Jacobian."""
 
     def params(self, model: Any) -> PyTree:
         """The trainable part of `model`, which must have the structure compiled.

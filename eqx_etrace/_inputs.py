@@ -26,8 +26,9 @@ class SingleStepData:
     !!! example
 
         ```python
-        xs = (spikes, eqx_etrace.SingleStepData(context))  # spikes: time in front
-        outs, state, trace = eqx_etrace.evolve(graph, params, state, trace, xs)
+        constant = eqx_etrace.SingleStepData(x)  # x has no time axis
+        fun = eqx_etrace.value_and_grad(graph, loss_fn)
+        losses, grads, state, trace = fun(params, state, None, constant, targets)
         ```
     """
 
@@ -46,7 +47,8 @@ class MultiStepData:
     !!! example
 
         ```python
-        xs = (eqx_etrace.MultiStepData(spikes), eqx_etrace.SingleStepData(context))
+        sequence = eqx_etrace.MultiStepData(xs)  # the same as xs alone
+        outs, state, trace = eqx_etrace.evolve(graph, params, state, None, sequence)
         ```
     """
 
@@ -154,7 +156,7 @@ def check_lanes(
     """A mask (steps,), or where it may be (steps, batch); None stays."""
     if mask is None:
         return None
-    shapes = [(steps,)]
+    shapes: list[tuple[int, ...]] = [(steps,)]
     if per_sample and batch is not None:
         shapes.append((steps, batch))
     if not is_array_like(mask) or jnp.shape(mask) not in shapes:

@@ -21,26 +21,28 @@ import numpy as np
 from ._canonicalise import wrapped
 from ._custom_types import Labels
 from ._errors import CompileError
+from ._facts import Flags, GroupFacts
 from ._flatten import flatten
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._jacobian import group_jacobian, shared_env
-from ._jaxpr import Equation, Program, literal
+from ._jaxpr import Equation, Program, literal, live
 from ._reads import ALL, NONE, Mixing, Reads
 from ._relation import Relation
 
 
-def with_alike(graph: ETraceGraph) -> ETraceGraph:
-    """The graph whose relations know which of their traces are alike for all units."""
-    relations = list(graph.relations)
-    for number, group in enumerate(graph.groups):
-        mine = [i for i, r in enumerate(relations) if r.group == number and _gains(r)]
-        equal = _equal_entries(graph, group) if mine else None
-        for i in mine if equal is not None else ():
-            use = group.uses.index(relations[i].y)
-            found = _alike(relations[i], equal, equal.direct[use])
-            relations[i] = dataclasses.replace(relations[i], alike=found)
-    return dataclasses.replace(graph, relations=tuple(relations))
+def with_facts(graph: ETraceGraph) -> ETraceGraph:
+    """The graph that knows what its Jacobians are made of, and its relations which of
+    their traces are alike for all units."""
+    facts = tuple(_facts(graph, group) for group in graph.groups)
+    relations = []
+    for relation in graph.relations:
+        use = graph.groups[relation.group].uses.index(relation.y)
+        if _gains(relation):
+            found = _alike(relation, facts[relation.group].alike, use)
+            relation = dataclasses.replace(relation, alike=found)
+        relations.append(relation)
+    return dataclasses.replace(graph, relations=tuple(relations), facts=facts)
 
 
 def _gains(relation: Relation) -> bool:
@@ -53,12 +55,12 @@ def _gains(relation: Relation) -> bool:
     )
 
 
-def _alike(relation: Relation, equal: Any, direct: Sequence[Any]) -> tuple[bool, ...]:
+def _alike(relation: Relation, equal: Flags, use: int) -> tuple[bool, ...]:
     """The slots all of whose entries are equal, and those of the slots they read."""
     found = set(relation.array_slots)
 
     def holds(slot: int) -> bool:
-        if slot in relation.reached and not direct[slot]:
+        if slot in relation.reached and not equal.direct[use][slot]:
             return False
         rows = equal.transition[slot], equal.within[slot]
         read = [(s, row[s]) for row in rows for s in relation.slots]
@@ -71,29 +73,54 @@ def _alike(relation: Relation, equal: Any, direct: Sequence[Any]) -> tuple[bool,
         found = kept
 
 
-def _equal_entries(graph: ETraceGraph, group: HiddenGroup) -> Any:
-    """A `GroupJacobian` of booleans: whether all elements of an entry are equal."""
-    avals = graph.program.avals
+def _facts(graph: ETraceGraph, group: HiddenGroup) -> GroupFacts:
+    """Read the equations that make the Jacobian of one group."""
+    avals, hidden = graph.program.avals, graph.hidden
     refs = (graph.weights, graph.prepared, graph.saved)
     specs = [[_spec(avals[ref]) for ref in some] for some in refs]
-    state = [_spec(spec) for spec in graph.state_leaves.parts.specs]
+    old = [_spec(avals[ref]) for ref in hidden.old]
     shapes: list[Any] = []
 
-    def entries(weights: Any, prepared: Any, saved: Any, state: Any) -> list[Any]:
+    def entries(weights: Any, prepared: Any, saved: Any, old: Any) -> list[Any]:
         env = shared_env(graph, weights, prepared)
         env |= dict(zip(graph.saved, saved, strict=True))
+        state: list[Any] = [None] * graph.state_leaves.parts.count
+        for i, leaf in zip(hidden.leaves, old, strict=True):
+            state[i] = leaf
         leaves, treedef = jtu.tree_flatten(group_jacobian(graph, group, env, state))
         shapes.append(treedef)
         return leaves
 
-    closed = jax.make_jaxpr(entries)(*specs, state)
+    closed = jax.make_jaxpr(entries)(*specs, old)
+
+    def flags(values: Sequence[bool]) -> Flags:
+        found = jtu.tree_unflatten(shapes[0], values)
+        return Flags(found.transition, found.within, found.direct)
+
+    data = (*graph.saved, *hidden.old)
     try:
         program, values = flatten(closed, wrapped, params=0, states=0)
     except CompileError:  # A call that the compiler cannot read: nothing is known.
-        return None
+        no = flags([False] * shapes[0].num_leaves)
+        return GroupFacts(no, no, data)
+    inputs = program.inputs[len(program.inputs) - len(data) :]
     numbers = _Numbers(program, values).run()
     same = [bool((numbers[ref] == numbers[ref][:1]).all()) for ref in program.outputs]
-    return jtu.tree_unflatten(shapes[0], same)
+    moved = _moved(program, set(inputs))
+    fixed = [ref not in moved for ref in program.outputs]
+    needed = {ref for ref in program.outputs if ref in moved}
+    read = {ref for e in live(program.equations, needed) for ref in e.values} | needed
+    reads = (ref for ref, own in zip(data, inputs, strict=True) if own in read)
+    return GroupFacts(flags(same), flags(fixed), tuple(reads))
+
+
+def _moved(program: Program, data: set[int]) -> set[int]:
+    """What depends on these values."""
+    found = set(data)
+    for equation in program.equations:
+        if found.intersection(equation.values):
+            found.update(equation.outputs)
+    return found
 
 
 def _spec(aval: Any) -> jax.ShapeDtypeStruct:

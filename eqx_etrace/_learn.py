@@ -53,6 +53,8 @@ def learn(
     !!! example
 
         ```python
+        import optax
+
         optimiser = optax.adam(1e-3)
         fun = jax.jit(eqx_etrace.learn(graph, loss_fn, optimiser, every=10))
         losses, params, opt_state, state, trace = fun(

@@ -1,5 +1,6 @@
 """`steps` and `evolve`: a window with an exact gradient inside, or with none."""
 
+import dataclasses
 import functools as ft
 from typing import Any
 
@@ -9,19 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._forward import Setting, forward, plan
 from ._graph import ETraceGraph
 from ._inputs import Inputs, read_inputs
 from ._jacobian import prepare
 from ._stage import Frozen
 from ._step import check_trace, init_trace, instantiate, merge_graph, read_state
-from ._window import (
-    Setting,
-    add_gradients,
-    at_edge,
-    credit,
-    forward,
-    forward_from,
-)
+from ._window import add_gradients, at_edge, forward_from, local_reads, moved_trace
 
 
 def steps(
@@ -66,7 +61,7 @@ def steps(
     arrays, static = eqx.partition(graph, eqx.is_array)
     core: Any = _core  # pyright cannot see through the decorator
     outs, new, trace = core(
-        (Frozen.of(static), inputs.moving),
+        (Frozen.of(static), (inputs.moving, inputs.steps)),
         arrays,
         weights,
         tuple(prepared),
@@ -95,7 +90,7 @@ def evolve(
     !!! example
 
         ```python
-        _, state, trace = eqx_etrace.evolve(graph, params, state, None, warm_up)
+        _, state, trace = eqx_etrace.evolve(graph, params, state, None, xs)
         ```
     """
     inputs = read_inputs(graph, xs)
@@ -106,7 +101,7 @@ def evolve(
     given = leaves, start, trace, inputs.leaves
     leaves, start, trace, xs_leaves = jax.lax.stop_gradient(given)
     weights, prepared = prepare(graph, leaves)
-    setting = Setting(graph, weights, prepared, inputs.moving)
+    setting = Setting(graph, weights, prepared, inputs.moving, inputs.steps)
     inputs = Inputs(xs_leaves, inputs.moving, inputs.steps)
     outs, new, trace = _evolve(setting, start, trace, inputs)
     return _outputs(graph, outs), _state(graph, new), trace
@@ -124,9 +119,10 @@ def _evolve(setting: Setting, state: Any, trace: Any, inputs: Inputs) -> Any:
     def body(carry: Any, slices: Any) -> Any:
         rest = iter(slices)
         xs = [next(rest) if moves else leaf for leaf, moves in pairs]
-        ran = forward(setting, carry[0], xs, None, setting.graph.saved)
-        _, trace = credit(setting, ran, carry[1], None, None)
-        return (ran.state, trace), ran.outs
+        count = len(slices[0]) if slices else length
+        now = dataclasses.replace(setting, steps=count)
+        outs, *carry = _move(now, *carry, xs)
+        return tuple(carry), outs
 
     def chunk(array: Any) -> Any:
         return array[: full * length].reshape(full, length, *array.shape[1:])
@@ -153,7 +149,7 @@ def _inexact(leaf: Any) -> bool:
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    static: tuple[Frozen, tuple[bool, ...]],
+    static: tuple[Frozen, tuple[tuple[bool, ...], int]],
     arrays: Any,
     weights: Any,
     prepared: Any,
@@ -162,9 +158,14 @@ def _core(
     xs: Any,
 ) -> tuple[Any, Any, Any]:
     graph = merge_graph(static[0], arrays)
-    setting = Setting(graph, weights, prepared, static[1])
-    ran = forward(setting, state, xs, None, graph.saved)
-    return ran.outs, ran.state, credit(setting, ran, trace, None, None)[1]
+    setting = Setting(graph, weights, prepared, *static[1])
+    return _move(setting, state, trace, xs)
+
+
+def _move(setting: Setting, state: Any, trace: Any, xs: Any) -> tuple[Any, Any, Any]:
+    save = plan(setting.graph, local_reads(setting.graph)).save
+    ran = forward(setting, state, xs, None, save, outputs=True)
+    return ran.outs, ran.state, moved_trace(setting, ran, trace, None)
 
 
 def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
@@ -172,7 +173,7 @@ def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
     values = jtu.tree_map(lambda leaf: leaf.value, primals)
     arrays, weights, prepared, state, trace, xs = values
     graph = merge_graph(static[0], arrays)
-    setting = Setting(graph, weights, prepared, static[1])
+    setting = Setting(graph, weights, prepared, *static[1])
     moved = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(xs[i]))
 
     def full(weights: Any, hidden: Any, changed: Any) -> Any:
@@ -185,7 +186,7 @@ def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
     hidden = [state[i] for i in graph.hidden.leaves]
     changed = [xs[i] for i in moved]
     _, pull, ran = jax.vjp(full, weights, hidden, changed, has_aux=True)
-    new = credit(setting, ran, trace, None, None)[1]
+    new = moved_trace(setting, ran, trace, None)
     kept = arrays, pull, trace, dict.fromkeys(moved)
     return (ran.outs, ran.state, new), kept
 

@@ -1,6 +1,6 @@
 """Windows of steps: forward once, then everything else for all steps at once.
 
-A scan runs the plain step and keeps what the derivatives read. All that follows is
+A scan runs the plain step and saves what the derivatives read. All that follows is
 mapped over time and batch together: the Jacobians of the local program, the outputs and
 the loss, the derivative of the loss by the new state. A rule then turns them into
 gradients and a trace, with small vectors scanned over time and large products taken
@@ -10,197 +10,123 @@ once.
 import dataclasses
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
+from ._forward import (
+    Forward,
+    Setting,
+    forward,
+    merge,
+    plan,
+    unmerge,
+    values,
+)
 from ._graph import ETraceGraph
 from ._jacobian import (
     GroupJacobian,
     group_jacobian,
+    moving_operands,
     reduced,
-    run,
-    shared_env,
     value_of,
 )
-from ._jaxpr import Equation, evaluate
+from ._readout import outputs_of, readout
 from ._rules import GroupWindow, Window
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What stays as it is over a sequence."""
-
-    graph: ETraceGraph
-    weights: Sequence[Any]
-    prepared: Sequence[Any]
-    moving: tuple[bool, ...]
-    """Per leaf of x, whether it has a slice per step."""
-    initial: Sequence[Any] | None = None
-    """Leaves of the state that a lane starts anew with."""
-
-    @property
-    def env(self) -> dict[int, Any]:
-        return shared_env(self.graph, self.weights, self.prepared)
-
-    @property
-    def related(self) -> dict[Any, Callable[[Any], Any]]:
-        """Weights with a trace get their gradient from it."""
-        edges = {relation.edge for relation in self.graph.relations}
-        return dict.fromkeys(edges, jax.lax.stop_gradient)
+def local_reads(graph: ETraceGraph) -> list[int]:
+    """The values that the Jacobians read, and the operands of the uses of weights."""
+    reads = {ref for facts in graph.facts for ref in facts.reads}
+    data = {*graph.saved, *graph.program.inputs[graph.param_leaves.count :]}
+    for relation in graph.relations:
+        reads.update(ref for ref in relation.equation.values if ref in data)
+    return sorted(reads)
 
 
-class Forward(NamedTuple):
-    """A window that has run: the last state, and of every step the outputs, the old
-    hidden leaves and the kept values."""
+def window_jacobians(setting: Setting, merged: dict[int, Any]) -> list[GroupJacobian]:
+    """The Jacobians of all groups, time and batch in front.
 
-    state: list[Any]
-    outs: list[Any]
-    old: list[Any]
-    kept: dict[int, Any]
-
-
-def renew(new: PyTree, old: PyTree, where: Any) -> PyTree:
-    """The old leaves, and the new ones where `where`, of their first axes, says so."""
-
-    def choose(new: Any, old: Any) -> Any:
-        mask = where.reshape(where.shape + (1,) * (old.ndim - where.ndim))
-        return jnp.where(mask, new, old)
-
-    return jax.tree.map(choose, new, old)
-
-
-def forward(
-    setting: Setting,
-    state: Sequence[Any],
-    xs: Sequence[Any],
-    reset: Any | None,
-    keep: Sequence[int],
-    length: int | None = None,
-) -> Forward:
-    """Run the plain steps; `xs` has time in front where it moves. `length` is how many
-    steps there are, which has to be given if no input moves."""
+    Entries that depend on weights alone have no such axes; those that are equal for all
+    units stand for them with size one.
+    """
     graph, env = setting.graph, setting.env
+    avals = graph.program.avals
 
-    def one(state: Any, x: Any) -> Any:
-        return run(graph, env, state, x, keep=keep)
-
-    per_sample = one if graph.batch is None else jax.vmap(one)
-
-    def body(state: list[Any], step: Any) -> Any:
-        slices, fresh = step
-        if fresh is not None:
-            state = renew(setting.initial, state, fresh)
-        new, out, kept = per_sample(state, at_step(setting, xs, slices))
-        return new, (out, [state[i] for i in graph.hidden.leaves], kept)
-
-    steps = moving_leaves(setting, xs), reset
-    new, (outs, old, kept) = jax.lax.scan(body, list(state), steps, length)
-    return Forward(new, outs, old, dict(zip(keep, kept, strict=True)))
-
-
-def moving_leaves(setting: Setting, xs: Sequence[Any]) -> list[Any]:
-    return [leaf for leaf, moves in zip(xs, setting.moving, strict=True) if moves]
-
-
-def at_step(setting: Setting, xs: Sequence[Any], slices: Sequence[Any]) -> list[Any]:
-    """The leaves of x of one step."""
-    rest = iter(slices)
-    pairs = zip(xs, setting.moving, strict=True)
-    return [next(rest) if moves else leaf for leaf, moves in pairs]
-
-
-class Readout(NamedTuple):
-    """The part of the step from the new state and the weights without a trace to out,
-    and the values that it reads besides."""
-
-    equations: tuple[Equation, ...]
-    context: tuple[int, ...]
-
-
-def readout(graph: ETraceGraph) -> Readout:
-    """What has to be run to differentiate `out`; the rest of the step is not."""
-    related = {relation.edge for relation in graph.relations}
-    doors, weights = set(graph.hidden.doors), set(graph.weights)
-    outputs = set(graph.program.outputs[graph.state_leaves.parts.count :])
-    moved, equations = doors | weights, []
-    for equation in graph.body:
-        arrives = any(
-            ref in moved and (equation.index, k) not in related
-            for k, ref in equation.operands
-        )
-        if arrives and equation.differentiable and not equation.effectful:
-            moved.update(equation.outputs)
-            equations.append(equation)
-    needed, kept = set(outputs), []
-    for equation in reversed(equations):
-        if needed.intersection(equation.outputs):
-            kept.append(equation)
-            needed.update(equation.values)
-    written = {ref for equation in kept for ref in equation.outputs}
-    known = weights | set(graph.prepared) | set(graph.program.constants)
-    return Readout(tuple(kept[::-1]), tuple(sorted(needed - written - known)))
-
-
-def merge(graph: ETraceGraph, tree: PyTree) -> PyTree:
-    """Time and batch as one axis."""
-    if graph.batch is None:
-        return tree
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
-
-
-def unmerge(graph: ETraceGraph, tree: PyTree) -> PyTree:
-    """The inverse of `merge`."""
-    batch = graph.batch
-    if batch is None:
-        return tree
-    return jax.tree.map(lambda a: a.reshape(-1, batch, *a.shape[1:]), tree)
-
-
-def window_jacobians(setting: Setting, ran: Forward) -> list[GroupJacobian]:
-    """The Jacobians of all groups and steps, time and batch in front."""
-    graph, env = setting.graph, setting.env
-    saved = [ran.kept[ref] for ref in graph.saved]
-
-    def one(old: Sequence[Any], saved: Sequence[Any]) -> list[GroupJacobian]:
+    def one(given: dict[int, Any], fixed: bool) -> list[GroupJacobian]:
+        mine = dict(env)
+        for ref in {*graph.saved, *graph.hidden.old}:
+            # Nothing that is asked for here depends on what was not saved.
+            mine[ref] = given.get(ref, jnp.zeros(avals[ref].shape, avals[ref].dtype))
         state: list[Any] = [None] * graph.state_leaves.parts.count
-        for i, leaf in zip(graph.hidden.leaves, old, strict=True):
-            state[i] = leaf
-        mine = env | dict(zip(graph.saved, saved, strict=True))
-        return [group_jacobian(graph, group, mine, state) for group in graph.groups]
+        for i, ref in zip(graph.hidden.leaves, graph.hidden.old, strict=True):
+            state[i] = mine[ref]
+        found = []
+        for group, facts in zip(graph.groups, graph.facts, strict=True):
+            jacobian = group_jacobian(graph, group, mine, state)
+            flags = GroupJacobian(
+                facts.fixed.transition, facts.fixed.within, facts.fixed.direct
+            )
+            found.append(
+                jax.tree.map(lambda a, f: a if f == fixed else None, jacobian, flags)
+            )
+        return found
 
-    return unmerge(graph, jax.vmap(one)(*merge(graph, (ran.old, saved))))
+    moving = unmerge(graph, jax.vmap(ft.partial(one, fixed=False))(merged))
+    found = []
+    for facts, fixed, rest in zip(graph.facts, one({}, True), moving, strict=True):
+        both = jax.tree.map(
+            lambda a, b: b if a is None else a, fixed, rest, is_leaf=lambda a: a is None
+        )
+        found.append(_narrow(both, facts))
+    return found
+
+
+def _narrow(jacobian: GroupJacobian, facts: Any) -> GroupJacobian:
+    def vector(entry: Any, alike: Any) -> Any:
+        return entry[..., :1] if alike else entry
+
+    def rows(entries: Any, flags: Any) -> Any:
+        return tuple(
+            tuple(map(vector, *pair)) for pair in zip(entries, flags, strict=True)
+        )
+
+    return dataclasses.replace(
+        jacobian,
+        transition=rows(jacobian.transition, facts.alike.transition),
+        within=rows(jacobian.within, facts.alike.within),
+    )
 
 
 def credit(
     setting: Setting,
-    ran: Forward,
+    merged: dict[int, Any],
     trace: Sequence[Any] | None,
     totals: Sequence[Any] | None,
     reset: Any | None,
 ) -> tuple[list[Any | None], tuple[Any, ...]]:
     """Per relation its gradient and its new trace.
 
-    `totals` are the derivatives of each step's loss by the new hidden leaves, time and
-    batch in front, or None for no signal.
+    `merged` are the values that the derivatives read and `totals` the derivatives of
+    each step's loss by the new hidden leaves, or None for no signal; both with time and
+    batch as one axis.
     """
-    graph, env = setting.graph, setting.env | ran.kept
+    graph = setting.graph
+    env = setting.env | unmerge(graph, merged)
     groups = [
-        _group_window(graph, number, jacobian, totals, reset, len(ran.old[0]))
-        for number, jacobian in enumerate(window_jacobians(setting, ran))
+        _group_window(setting, number, jacobian, totals, reset)
+        for number, jacobian in enumerate(window_jacobians(setting, merged))
     ]
     gradients, traces = [], []
     for number, relation in enumerate(graph.relations):
         group, jacobian = groups[relation.group]
-        inputs = relation.equation.inputs
-        operands = tuple(value_of(env, ref) for ref in inputs)
+        operands = tuple(value_of(env, ref) for ref in relation.equation.inputs)
         window = Window(
             relation,
             group,
             reduced(relation, group.group, jacobian, operands),
-            tuple(isinstance(ref, int) and ref in ran.kept for ref in inputs),
+            moving_operands(graph, relation),
             graph.batch,
             reset,
         )
@@ -212,30 +138,27 @@ def credit(
 
 
 def _group_window(
-    graph: ETraceGraph,
+    setting: Setting,
     number: int,
     jacobian: GroupJacobian,
     totals: Sequence[Any] | None,
     reset: Any | None,
-    steps: int,
 ) -> tuple[GroupWindow, GroupJacobian]:
+    graph = setting.graph
     group = graph.groups[number]
     if totals is not None:
         read = jax.vmap(lambda leaves: group.read(dict(enumerate(leaves))))
-        totals = unmerge(graph, read(merge(graph, list(totals))))
-    rows = {
-        slot for r in graph.relations if r.group == number for slot in r.array_slots
-    }
-    alive = None if reset is None else jnp.logical_not(reset)
+        totals = unmerge(graph, read(list(totals)))
+    mine = [relation for relation in graph.relations if relation.group == number]
     window = GroupWindow(
         group,
         jacobian.transition,
         jacobian.within,
         totals,
-        alive,
+        None if reset is None else jnp.logical_not(reset),
         graph.batch,
-        sorted(rows),
-        steps,
+        setting.steps,
+        sorted({slot for relation in mine for slot in relation.array_slots}),
     )
     transition = tuple(map(tuple, window.transition))
     return window, dataclasses.replace(jacobian, transition=transition)
@@ -253,40 +176,31 @@ def single_step_window(
     xs: Sequence[Any],
     reset: Any | None,
     losses: OutputGradient,
-    length: int,
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """Losses, gradients of the weights, state and trace: equal to step by step."""
     graph, part = setting.graph, readout(setting.graph)
-    keep = sorted({*graph.saved, *part.context})
-    ran = forward(setting, state, xs, reset, keep, length)
-    context = merge(graph, [ran.kept[ref] for ref in part.context])
-    zeros = [jnp.zeros_like(leaf) for leaf in merge(graph, ran.old)]
+    made = plan(graph, sorted({*local_reads(graph), *part.context}))
+    ran = forward(setting, state, xs, reset, made.save)
+    merged = values(setting, ran, made)
+    context = [merged[ref] for ref in part.context]
+    samples = setting.steps * (graph.batch or 1)
+    zeros = [
+        jnp.zeros((samples, *aval.shape), aval.dtype)
+        for aval in (graph.program.avals[ref] for ref in graph.hidden.doors)
+    ]
 
     def outputs(weights: Any, change: Any) -> Any:
-        env = shared_env(graph, weights, setting.prepared)
-        fun = ft.partial(_outputs, graph, part, setting.related, env)
-        found = jax.vmap(fun)(context, change)
+        def one(context: Any, change: Any) -> list[Any]:
+            return outputs_of(graph, part, setting.prepared, context, weights, change)
+
+        found = jax.vmap(one)(context, change)
         return [leaf for leaf in found if _inexact(leaf)], found
 
     _, pull, found = jax.vjp(outputs, setting.weights, zeros, has_aux=True)
     result, given = losses(unmerge(graph, found))
     direct, totals = pull(merge(graph, given))
-    gradients, new = credit(setting, ran, trace, unmerge(graph, totals), reset)
+    gradients, new = credit(setting, merged, trace, totals, reset)
     return result, add_gradients(graph, direct, gradients), ran.state, new
-
-
-def _outputs(
-    graph: ETraceGraph, part: Readout, edge: Any, env: Any, context: Any, change: Any
-) -> list[Any]:
-    """The outputs of one sample where the new hidden leaves change by `change`."""
-    given = dict(zip(part.context, context, strict=True))
-    tap = {}
-    for ref, delta in zip(graph.hidden.doors, change, strict=True):
-        if ref in given:
-            given[ref] = given[ref] + delta
-        tap[ref] = ft.partial(jnp.add, delta)
-    env = evaluate(part.equations, env | given, edge=edge, tap=tap)
-    return [env[ref] for ref in graph.program.outputs[graph.state_leaves.parts.count :]]
 
 
 def _inexact(leaf: Any) -> bool:
@@ -311,21 +225,20 @@ def multi_step_window(
     xs: Sequence[Any],
     reset: Any | None,
     losses: OutputGradient,
-    length: int,
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """The same by reverse mode within the window, and by the trace at its start."""
     graph = setting.graph
 
     def outputs(weights: Any, hidden: Any) -> Any:
-        ran = forward_from(setting, weights, state, hidden, xs, reset, length)
-        return [leaf for leaf in ran.outs if _inexact(leaf)], ran
+        ran = forward_from(setting, weights, state, hidden, xs, reset)
+        return [leaf for leaf in ran.outs or () if _inexact(leaf)], ran
 
     hidden = [state[i] for i in graph.hidden.leaves]
     _, pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
     result, given = losses(ran.outs)
     direct, edge = pull(given)
     gradients = at_edge(graph, trace, edge)
-    new = credit(setting, ran, trace, None, reset)[1]
+    new = moved_trace(setting, ran, trace, reset)
     return result, add_gradients(graph, direct, gradients), ran.state, new
 
 
@@ -336,14 +249,26 @@ def forward_from(
     hidden: Sequence[Any],
     xs: Sequence[Any],
     reset: Any | None,
-    length: int | None = None,
 ) -> Forward:
     """The plain steps as a function of the weights and the hidden leaves."""
     graph, start = setting.graph, list(state)
     for i, leaf in zip(graph.hidden.leaves, hidden, strict=True):
         start[i] = leaf
     setting = dataclasses.replace(setting, weights=weights)
-    return forward(setting, start, xs, reset, graph.saved, length)
+    save = plan(graph, local_reads(graph)).save
+    return forward(setting, start, xs, reset, save, outputs=True)
+
+
+def moved_trace(
+    setting: Setting,
+    ran: Forward,
+    trace: Sequence[Any] | None,
+    reset: Any | None,
+) -> tuple[Any, ...]:
+    """The trace after a window that has run with what `local_reads` names."""
+    graph = setting.graph
+    merged = values(setting, ran, plan(graph, local_reads(graph)))
+    return credit(setting, merged, trace, None, reset)[1]
 
 
 def at_edge(

@@ -31,6 +31,8 @@ net = Net(eqx.nn.GRUCell(3, 8, key=key), eqx.nn.Linear(8, 2, key=key))
 state, x, target = jnp.zeros(8), jnp.ones(3), jnp.ones(2)
 graph = eqx_etrace.compile(net, state, x)
 params, trace = graph.params(net), eqx_etrace.init_trace(graph)
+xs, targets = jnp.ones((12, 3)), jnp.ones((12, 2))
+loss_fn = lambda out, target: jnp.sum((out - target) ** 2)
 """
 
 

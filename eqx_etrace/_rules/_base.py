@@ -22,9 +22,7 @@ class RelationJacobian:
     """The derivatives of the local program that concern one relation, of one sample.
 
     They are direct derivatives of the new slot s': by the old slots, by the other new
-    slots of the same step, and by y, the rest held fixed. None where structurally zero;
-    in rows of slots whose trace is alike for all units a single entry. In a window they
-    have time and batch in front.
+    slots of the same step, and by y, the rest held fixed. None where structurally zero.
 
     **Attributes:**
 
@@ -34,8 +32,8 @@ class RelationJacobian:
     - `operands`: the values of the operands of the use, the weight among them.
     """
 
-    transition: Sequence[Sequence[Shaped[Array, "... #units"] | None]]
-    within: Sequence[Sequence[Shaped[Array, "... #units"] | None]]
+    transition: Sequence[Sequence[Shaped[Array, "..."] | None]]
+    within: Sequence[Sequence[Shaped[Array, "..."] | None]]
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
 
@@ -68,6 +66,26 @@ class LocalRule(eqx.Module):
         self, relation: Relation, trace: PyTree, jacobian: RelationJacobian
     ) -> PyTree:
         """The trace after one more step of one sample."""
+
+    def update_all(
+        self,
+        relation: Relation,
+        trace: PyTree,
+        jacobian: RelationJacobian,
+        stacked: Sequence[bool],
+        batch: int | None,
+    ) -> PyTree:
+        """`update` of all samples, the batch in front of trace and Jacobian, and of
+        the operands that are `stacked`."""
+
+        def one(trace: Any, entries: Any, operands: Any) -> PyTree:
+            return self.update(relation, trace, RelationJacobian(*entries, operands))
+
+        entries = jacobian.transition, jacobian.within, jacobian.direct
+        if batch is not None:
+            axes = tuple(0 if moves else None for moves in stacked)
+            one = jax.vmap(one, in_axes=(0, 0, axes))
+        return one(trace, entries, jacobian.operands)
 
     @abstractmethod
     def gradient(

@@ -43,14 +43,17 @@ class GroupWindow:
         total: Sequence[Shaped[Array, "..."]] | None,
         alive: Bool[Array, "..."] | None,
         batch: int | None,
-        rows: Sequence[int],
         steps: int,
+        rows: Sequence[int],
     ):
         self.group, self.within, self.total = group, within, total
-        self.batch, self.rows, self.steps = batch, rows, steps
+        self.batch, self.steps, self.rows = batch, steps, rows
         if alive is not None:  # What a lane forgets at a reset, it forgets altogether.
             transition = [
-                [None if d is None else jnp.where(alive[..., None], d, 0) for d in row]
+                [
+                    None if d is None else jnp.where(alive[..., None], d, _zero(d))
+                    for d in row
+                ]
                 for row in transition
             ]
         self.transition = transition
@@ -72,15 +75,15 @@ class GroupWindow:
             return list(self.total), [None for _ in slots]
 
         def back(later: dict[int, Any], step: Any) -> tuple[dict[int, Any], list[Any]]:
-            total, transition, within = step
-            start = [later.get(s) for s in slots]
-            passed = self._through(start, within)
+            total, moving = step
+            transition, within = self._rows(moving)
+            passed = self._through([later.get(s) for s in slots], within)
             mu = [t if m is None else t + m for t, m in zip(total, passed, strict=True)]
             found = _row_times(mu, transition)
             return {s: found[s].astype(later[s].dtype) for s in read}, mu
 
         zero = {s: jnp.zeros_like(self.total[s][0]) for s in read}
-        steps = list(self.total), self.transition, self.within
+        steps = list(self.total), self._moving
         first, mu = jax.lax.scan(back, zero, steps, reverse=True)
         return mu, [first.get(s) for s in slots]
 
@@ -88,15 +91,22 @@ class GroupWindow:
     def suffix(self) -> tuple[list[list[Any | None]], list[list[Any | None]]]:
         """Psi_t (1 - L_t)^-1 of every step, and Psi_0; rows and columns are slots.
 
-        None where structurally zero, and in rows that nobody reads."""
-        slots, pattern, like = range(self.group.slots), self._pattern(), self._like()
+        None where structurally zero, and in rows that nobody reads. What is equal for
+        all units has size one."""
+        slots, width = range(self.group.slots), self._widths()
+        lead = () if self.batch is None else (self.batch,)
         one = [
-            [jnp.full_like(like[s], s == t) if pattern[s][t] else None for t in slots]
+            [
+                jnp.full((*lead, width[s][t]), s == t, self.group.dtypes[s])
+                if width[s][t]
+                else None
+                for t in slots
+            ]
             for s in slots
         ]
 
-        def back(later: list[list[Any]], step: Any) -> tuple[Any, Any]:
-            transition, within = step
+        def back(later: list[list[Any]], moving: Any) -> tuple[Any, Any]:
+            transition, within = self._rows(moving)
             factors = [self._through(row, within) for row in later]
             rows = [_row_times(row, transition) for row in factors]
             kept = [
@@ -108,35 +118,57 @@ class GroupWindow:
             ]
             return kept, factors
 
-        steps = self.transition, self.within
-        # The number of steps, for there may be no entry that tells it.
-        first, factors = jax.lax.scan(back, one, steps, self.steps, reverse=True)
+        first, factors = jax.lax.scan(
+            back, one, self._moving, length=self.steps, reverse=True
+        )
         return factors, first
 
-    def _like(self) -> list[Any]:
-        """Per slot an array of the shape of its vectors at one step."""
-        group, lead = self.group, () if self.batch is None else (self.batch,)
-        return [jnp.zeros((*lead, group.units), dtype) for dtype in group.dtypes]
+    @property
+    def _moving(self) -> tuple[Any, Any]:
+        """The entries with time in front."""
+        return tuple(
+            [[d if d is None or _moves(d) else None for d in row] for row in rows]
+            for rows in (self.transition, self.within)
+        )  # pyright: ignore[reportReturnType] two rows in, two rows out
 
-    def _pattern(self) -> list[list[bool]]:
-        """Where Psi is not structurally zero, however long the window."""
-        slots = range(self.group.slots)
-        moves = [[d is not None for d in row] for row in self.transition]
-        passes = [[d is not None for d in row] for row in self.within]
-        pattern = [[s == t and s in self.rows for t in slots] for s in slots]
+    def _rows(self, moving: tuple[Any, Any]) -> tuple[Rows, Rows]:
+        """D and L of one step, from those of its entries that move."""
+        found = []
+        for rows, now in zip((self.transition, self.within), moving, strict=True):
+            found.append(
+                [
+                    [
+                        d if d is None or not _moves(d) else new
+                        for d, new in zip(*pair, strict=True)
+                    ]
+                    for pair in zip(rows, now, strict=True)
+                ]
+            )
+        return found[0], found[1]
+
+    def _widths(self) -> list[list[int]]:
+        """The size of the entries of Psi: 0 where structurally zero, however long the
+        window, and 1 where they are equal for all units."""
+        slots, units = range(self.group.slots), self.group.units
+        moves, passes = (
+            [[0 if d is None else d.shape[-1] for d in row] for row in rows]
+            for rows in (self.transition, self.within)
+        )
+        width = [[int(s == t and s in self.rows) for t in slots] for s in slots]
         while True:
-            new = [list(row) for row in pattern]
+            new = [list(row) for row in width]
             for row in new:
                 reached = list(row)
                 for t in reversed(self.group.order):
                     for s in slots:
-                        reached[s] |= reached[t] and passes[t][s]
+                        reached[s] = max(reached[s], _both(reached[t], passes[t][s]))
                 for t in slots:
                     for s in slots:
-                        row[s] |= reached[t] and moves[t][s]
-            if new == pattern:
-                return pattern
-            pattern = new
+                        row[s] = max(row[s], _both(reached[t], moves[t][s]))
+            new = [[min(n, units) for n in row] for row in new]
+            if new == width:
+                return width
+            width = new
 
     def _through(self, row: Sequence[Any], within: Rows) -> list[Any]:
         """A row times (1 - L)^-1."""
@@ -146,6 +178,19 @@ class GroupWindow:
                 if factor is not None and row[target] is not None:
                     row[source] = _add(row[source], row[target] * factor)
         return row
+
+
+def _zero(array: Any) -> Any:
+    return jnp.zeros((), array.dtype)
+
+
+def _moves(entry: Any) -> bool:
+    """Whether an entry has more axes than that of the units."""
+    return entry.ndim > 1
+
+
+def _both(one: int, other: int) -> int:
+    return max(one, other) if one and other else 0
 
 
 def _row_times(row: Sequence[Any], matrix: Rows) -> list[Any]:
@@ -216,13 +261,7 @@ class Window:
 
     def last(self) -> RelationJacobian:
         """The Jacobian of the last step, the batch in front."""
-        found = self.jacobian
-        transition, within, direct = jax.tree.map(
-            lambda a: a[-1], (found.transition, found.within, found.direct)
-        )
-        pairs = zip(found.operands, self.stacked, strict=True)
-        operands = tuple(a[-1] if stacked else a for a, stacked in pairs)
-        return RelationJacobian(transition, within, direct, operands)
+        return self.step(jax.tree.map(lambda a: a[-1], self.parts))
 
     def per_sample(self, fun: Callable[..., Any], axis: int) -> Callable[..., Any]:
         """`fun` of one sample, mapped over the batch at this axis of all arguments."""
@@ -236,16 +275,27 @@ class Window:
         return jax.tree.map(lambda a: jnp.broadcast_to(a, lead + a.shape), tree)
 
     @property
-    def parts(self) -> tuple[Any, ...]:
-        """The arrays of the Jacobian that have axes in front, a pytree."""
-        found = self.jacobian
-        moving = self.moving(found.operands)
-        return found.transition, found.within, found.direct, moving
+    def parts(self) -> tuple[Any, list[Any]]:
+        """What of the Jacobian has axes in front: entries, and operands."""
+        found, y = self.jacobian, len(self.relation.y_shape)
+        rows = [
+            [[_if_more(d, 1) for d in row] for row in entries]
+            for entries in (found.transition, found.within)
+        ]
+        direct = [_if_more(d, y) for d in found.direct]
+        return (*rows, direct), self.moving(found.operands)
 
-    def step(self, parts: tuple[Any, ...]) -> RelationJacobian:
-        """The Jacobian of one step and sample from these."""
-        *entries, moving = parts
-        return RelationJacobian(*entries, self.operands(moving))
+    def step(self, parts: tuple[Any, list[Any]]) -> RelationJacobian:
+        """The Jacobian of one step from its parts."""
+        found, (moving, operands) = self.jacobian, parts
+        entries: Any = (found.transition, found.within, found.direct)
+        transition, within, direct = jax.tree.map(
+            lambda fixed, now: fixed if now is None else now,
+            tuple(map(_nested, entries)),
+            tuple(map(_nested, moving)),
+            is_leaf=lambda entry: entry is None,
+        )
+        return RelationJacobian(transition, within, direct, self.operands(operands))
 
     def pullback(self, q: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """The sum over time, batch and y of q . dy/dw."""
@@ -261,3 +311,14 @@ class Window:
 
         value, pull = jax.vjp(y, self.jacobian.operands[relation.operand])
         return pull(self.merged(q).astype(value.dtype))[0]
+
+
+def _if_more(entry: Any | None, axes: int) -> Any | None:
+    return entry if entry is not None and entry.ndim > axes else None
+
+
+def _nested(entries: Any) -> Any:
+    """Sequences as lists, so that two of these have one structure."""
+    if isinstance(entries, list | tuple):
+        return [_nested(entry) for entry in entries]
+    return entries
