@@ -193,7 +193,7 @@ def read(
     mask = check_lanes("mask", mask, inputs.steps, graph.batch, bool(loss.shape))
     reset = check_lanes("reset", reset, inputs.steps, graph.batch, True)
     if reset is not None:
-        reset = reset != 0
+        reset = reset.astype(bool)
         if graph.batch is not None and reset.ndim == 1:
             reset = jnp.broadcast_to(reset[:, None], (inputs.steps, graph.batch))
     pairs = zip(inputs.leaves, inputs.moving, strict=True)

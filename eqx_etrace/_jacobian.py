@@ -36,11 +36,13 @@ from ._relation import Relation
 from ._rules import RelationJacobian
 
 
-Entries = tuple[tuple[Shaped[Array, " units"] | None, ...], ...]
+Entries = tuple[tuple[Shaped[Array, "... #units"] | None, ...], ...]
 
 
 class GroupJacobian(eqx.Module):
     """D, L and df of one hidden group; None where structurally zero.
+
+    Of one step and sample, or of a window with time and batch in front.
 
     **Attributes:**
 

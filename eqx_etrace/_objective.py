@@ -102,7 +102,8 @@ def _against(mask: Any, leaf: Any) -> Any:
 
 
 def _where(mask: Any, leaf: Any) -> Any:
-    return jnp.where(_against(mask, leaf) != 0, leaf, jnp.zeros((), leaf.dtype))
+    kept = _against(mask, leaf).astype(bool)
+    return jnp.where(kept, leaf, jnp.zeros((), leaf.dtype))
 
 
 def count(mask: Any | None, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -67,12 +67,12 @@ def window_jacobians(setting: Setting, merged: dict[int, Any]) -> list[GroupJaco
         found = []
         for group, facts in zip(graph.groups, graph.facts, strict=True):
             jacobian = group_jacobian(graph, group, mine, state)
-            flags = GroupJacobian(
-                facts.fixed.transition, facts.fixed.within, facts.fixed.direct
-            )
-            found.append(
-                jax.tree.map(lambda a, f: a if f == fixed else None, jacobian, flags)
-            )
+            some = facts.fixed
+            flags = jax.tree.leaves((some.transition, some.within, some.direct))
+            leaves, treedef = jax.tree.flatten(jacobian)
+            pairs = zip(leaves, flags, strict=True)
+            leaves = [a if flag == fixed else None for a, flag in pairs]
+            found.append(jax.tree.unflatten(treedef, leaves))
         return found
 
     moving = unmerge(graph, jax.vmap(ft.partial(one, fixed=False))(merged))

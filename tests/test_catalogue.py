@@ -4,10 +4,19 @@ import functools
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import CATALOGUE, OWN
-from catalogue_case import CHECKS, by_autodiff, first_step, loss, problem, sequence
+from catalogue_case import (
+    CHECKS,
+    STEPS,
+    by_autodiff,
+    first_step,
+    loss,
+    problem,
+    sequence,
+)
 from oracles import assert_same_gradient, online_steps, quick_jit
 
 import eqx_etrace as etrace
@@ -83,6 +92,24 @@ def test_one_step_equals_autodiff(name):
 def test_sequence_equals_the_oracle(name):
     got = jax.tree.map(lambda g: g.sum(0), _every_step(name))
     _compare(name, got, _expected(name))
+
+
+SINGLE = [name for name, case in OWN.items() if case.vjp == "single-step"]
+
+
+@_named("sequence", SINGLE)
+def test_windows_equal_their_steps(name):
+    """Two windows, the second from the trace that the first has left."""
+    graph, steps = _graph(name), STEPS // 2
+    model, state, xs, ts = problem(OWN[name])
+    run = quick_jit(etrace.value_and_grad(graph, loss, window=steps))
+    args, trace, got = graph.params(model), etrace.init_trace(graph), []
+    for start in (0, steps):
+        now = jax.tree.map(lambda a, i=start: a[i : i + steps], (xs, ts))
+        _, grads, state, trace = run(args, state, trace, *now)
+        got.append(grads)
+    expected = jax.tree.map(lambda g: g[: 2 * steps].sum(0), _every_step(name))
+    assert_same_gradient(jax.tree.map(jnp.add, *got), expected, rtol=1e-12)
 
 
 @_named("nothing left out")
