@@ -166,6 +166,15 @@ class Relation(eqx.Module):
         args[self.operand] = w
         return bind(self.equation, args)[self.equation.outputs.index(self.y)]
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Per entry of `slots`, how its trace is smaller than others, for a reader."""
+        pairs = zip(self.links, self.alike, strict=True)
+        return tuple(
+            " (of this step alone)" if links is not None else " (a vector)" * alike
+            for links, alike in pairs
+        )
+
     def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
         """dy/dw, shaped to broadcast against the trace, however large."""
         found = self.op.derivative(operands)
