@@ -5,12 +5,14 @@
 | jit, remat, plain calls | spliced in: they only wrap |
 | custom_jvp, custom_vjp | kept as one equation: spliced in, the rule would be lost |
 | a sparse product | gather, multiply, scatter-add: one product per stored entry |
+| a linear solve | kept as one equation: its factors are no weights |
 
 and where a weight or the hidden state passes through:
 
 | cond, switch | all branches, and a select of their results |
 | scan | unrolled up to `max_unroll`; beyond, its weights are taken out (`_loop`) |
 | while | kept if it is free of weights, with its derivative in forward mode |
+| ragged_dot | a product over all groups (`_ragged`) |
 | a place in the state that data choose | a comparison with every place (`_indexed`) |
 | x @ A @ B | x @ (A @ B): one weight in place of two (`_low_rank`) |
 
@@ -23,6 +25,7 @@ weight in it, goes through a select of its own, whose derivative is zero, not a 
 with zero. All of them read the same predicate, so nothing changes in value.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -42,6 +45,7 @@ from ._jaxpr import (
     CUSTOM,
     IMAG,
     INLINE,
+    LINEAR_SOLVE,
     REAL,
     SCAN,
     WHILE,
@@ -55,9 +59,11 @@ from ._jaxpr import (
     is_elementwise,
     is_higher_order,
     loop_counts,
+    solve_operands,
 )
 from ._loop import descended
 from ._low_rank import low_rank
+from ._ragged import ragged
 from ._stage import Staged
 
 
@@ -68,7 +74,24 @@ def wrapped(equation: Equation, guarded: bool) -> Conversion | None:
         return lambda b, inputs: b.splice(inner_jaxpr(equation.params), inputs)
     if equation.primitive is sparse.bcoo_dot_general_p:
         return _sparse_product(equation)
+    if equation.primitive is LINEAR_SOLVE:
+        return _linear_solve(equation)
     return None
+
+
+def _linear_solve(equation: Equation) -> Conversion:
+    """The equation with a stop where it has no derivative: a weight that is factorised,
+    or read by the transposed product, is no weight of the equation there."""
+    helpers, avals = solve_operands(equation.params)
+
+    def solve(b: Builder, inputs: Sequence[Ref]) -> list[Ref]:
+        stopped = list(inputs)
+        for k in range(*helpers.indices(len(inputs))):
+            if b.origin(inputs[k]) in (Origin.WEIGHT, Origin.DATA):
+                (stopped[k],) = b.trace(lambda a: [jax.lax.stop_gradient(a)], inputs[k])
+        return b.keep(dataclasses.replace(equation, inputs=tuple(stopped)), avals)
+
+    return solve
 
 
 def _sparse_product(equation: Equation) -> Conversion | None:
@@ -206,14 +229,15 @@ def _inexact(array: Any) -> bool:
 
 
 def _converted(equation: Equation, max_unroll: int) -> tuple[Conversion, str] | None:
-    """The conversion of a conditional or a loop of known length, and what it does."""
+    """The conversion of a conditional, a loop of known length or a product in groups,
+    and what it does."""
     if equation.primitive is COND and not equation.effectful:
         count = len(equation.params["branches"])
         how = f"all {count} branches run, and a select takes the result of one"
         return _branches(equation), how
     if equation.primitive is SCAN and 0 < equation.params["length"] <= max_unroll:
         return _unrolled(equation), f"unrolled to {equation.params['length']} steps"
-    return None
+    return ragged(equation)
 
 
 def _loop(program: Program, equation: Equation) -> tuple[Conversion, str] | None:
@@ -341,20 +365,23 @@ def _about(
     read = set(equation.values)
     sources = params_of(program, first)
     weights = frozenset().union(*(sources.get(ref, ()) for ref in read))
-    state = (
-        path
-        for path, ref in zip(
-            staged.state.parts.paths, program.inputs[first:], strict=False
-        )
-        if read & influence(program, {ref})
-    )
+
+    def reaching(paths: Sequence[str], refs: Sequence[int]) -> tuple[str, ...]:
+        pairs = zip(paths, refs, strict=False)
+        return tuple(path for path, ref in pairs if read & influence(program, {ref}))
+
     paths = tuple(staged.params.paths[i] for i in sorted(weights))
-    return paths, tuple(state), equation.source
+    state = reaching(staged.state.parts.paths, program.inputs[first:])
+    if not paths and not state:  # what a weight adds to the step
+        paths = reaching(staged.params.paths, program.inputs)
+    return paths, state, equation.source
 
 
 def _refuse(program: Program, credit: Sequence[Equation], max_unroll: int) -> None:
     for equation in credit:
-        if equation.primitive in CUSTOM or not is_higher_order(equation):
+        if equation.primitive in CUSTOM | {LINEAR_SOLVE}:
+            continue
+        if not is_higher_order(equation):
             continue
         where = describe_equation(equation)
         if equation.primitive is COND:

@@ -92,7 +92,8 @@ class Builder:
 
         for eqn in inner.eqns:
             inputs = tuple(read(atom) for atom in eqn.invars)
-            line = _source(eqn) if source is None else source
+            # A library function that JAX has traced for itself has no line of the user.
+            line = (_source(eqn) or self.source) if source is None else source
             equation = Equation(
                 -1, eqn.primitive, eqn.params, inputs, (), line, bool(eqn.effects)
             )
@@ -144,6 +145,10 @@ class Builder:
             results = conversion(self, equation.inputs)
             self.source = outer
             return results
+        return self.keep(equation, avals)
+
+    def keep(self, equation: Equation, avals: Sequence[Aval]) -> list[Ref]:
+        """Append an equation as it is; in a branch its results may be guarded."""
         results = self.emit(equation, avals)
         mixes = {self.origin(ref) for ref in (*equation.inputs, *results)}
         if self.taken is not None and mixes >= {Origin.WEIGHT, Origin.DATA}:

@@ -20,6 +20,7 @@ takes the place of an equation.
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -78,6 +79,7 @@ INLINE = frozenset({prims.jit_p, prims.remat_p, prims.closed_call_p, prims.call_
 REAL, IMAG = prims.real_p, prims.imag_p
 COND, SCAN, WHILE = prims.cond_p, prims.scan_p, prims.while_p
 STOP_GRADIENT = prims.stop_gradient_p
+LINEAR_SOLVE = prims.linear_solve_p
 DOT_GENERAL = prims.dot_general_p
 SCATTER_ADD, SCATTER_MUL = prims.scatter_add_p, prims.scatter_mul_p
 
@@ -207,6 +209,30 @@ def is_higher_order(equation: Equation) -> bool:
     if equation.primitive in COMBINING:
         return False
     return next(iter(jex_core.jaxprs_in_params(equation.params)), None) is not None
+
+
+@functools.cache
+def _ragged_dot() -> jex_core.Primitive:
+    """It has no public name."""
+    shapes = (1, 1), (1, 1, 1), (1,)
+    specs = map(jax.ShapeDtypeStruct, shapes, (jnp.float32, jnp.float32, jnp.int32))
+    jaxpr, _ = open_jaxpr(jax.make_jaxpr(jax.lax.ragged_dot)(*specs))
+    return jaxpr.eqns[0].primitive
+
+
+def is_ragged_dot(equation: Equation) -> bool:
+    """Whether the equation is a product of rows in groups."""
+    return equation.primitive is _ragged_dot()
+
+
+def solve_operands(params: Mapping[str, Any]) -> tuple[slice, list[Any]]:
+    """Of a linear solve: the operands that only help to find the solution, through
+    which there is no derivative, and the avals of the results."""
+    counts = params["const_lengths"]
+    first = counts.matvec
+    last = first + counts.vecmat + counts.solve + counts.transpose_solve
+    solve, _ = open_jaxpr(params["jaxprs"].solve)
+    return slice(first, last), [to_aval(var.aval) for var in solve.outvars]
 
 
 def _pointwise(inputs: Iterable[Any], outputs: Iterable[Any]) -> bool:

@@ -262,12 +262,14 @@ def _to_front(places: Labels, axes: tuple[int, ...]) -> Labels:
 def pull(labels: Labels, reads: Labels) -> Labels:
     """Labels of the operand's elements, as (reads, output elements)."""
     rows = reads.reshape(reads.shape[0], -1)
+    if not labels.size:
+        return np.full(rows.shape, NONE)
     return np.where(rows >= 0, labels[rows], NONE)
 
 
 def any_read(marks: Labels, reads: Labels, size: int) -> Labels:
     """Which output elements read a marked element of the operand."""
-    if reads is ALL:
+    if reads is ALL or not marks.size:
         return np.full(size, bool(marks.any()))
     rows = reads.reshape(reads.shape[0], -1)
     return (marks[rows] & (rows >= 0)).any(axis=0)

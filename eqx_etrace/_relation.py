@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from ._canonicalise import wrapped
 from ._custom_types import Labels
+from ._errors import CompileError
+from ._flatten import flatten
 from ._group import HiddenGroup
 from ._jaxpr import Equation, Origin, Program, aval_of, bind
 from ._locality import Edge, Locality
@@ -118,6 +121,8 @@ class Relation(eqx.Module):
     weight_dtype: Any = eqx.field(static=True)
     derivative_shape: tuple[int, ...] | None = eqx.field(static=True)
     """The shape of dy/dw where the op rule gives it and all is real."""
+    reads: tuple[bool, ...] = eqx.field(static=True)
+    """Per operand of the use, whether the influence depends on its value."""
     links: tuple[tuple[int, ...] | None, ...] = eqx.field(static=True)
     """Per entry of `slots` None, or that its trace needs no array of its own: no old
     slot acts on it and it acts on no later step, so that it is df . dy/dw of this very
@@ -256,6 +261,18 @@ def _derivative_shape(
     return found.shape if real and found is not None else None
 
 
+def _reads(program: Program, use: Use, op: OpRule) -> tuple[bool, ...]:
+    specs = [aval_of(program.avals, ref) for ref in (use.y, *use.equation.inputs)]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in specs]
+    closed = jax.make_jaxpr(lambda df, *args: op.influence(df, args))(*shapes)
+    try:
+        found, _ = flatten(closed, wrapped, params=0, states=0)
+    except CompileError:  # A call that the compiler cannot read: perhaps on all.
+        return (True,) * len(use.equation.inputs)
+    read = {ref for equation in found.equations for ref in equation.values}
+    return tuple(ref in read for ref in found.inputs[1:])
+
+
 def _links(
     group: HiddenGroup, slots: tuple[int, ...], separable: bool
 ) -> tuple[tuple[int, ...] | None, ...]:
@@ -321,6 +338,7 @@ def make_relation(
         trace_dtypes=tuple(_trace_dtype(group.dtypes[s], weight.dtype) for s in slots),
         weight_dtype=weight.dtype,
         derivative_shape=smaller,
+        reads=_reads(program, use, op),
         links=_links(group, slots, smaller is not None),
         alike=(False,) * len(slots),
         map=unit_map(positions, group.units, shape),

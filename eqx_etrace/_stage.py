@@ -11,7 +11,7 @@ the user's step is traced.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -22,6 +22,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._errors import CompileError, describe, dtype_of, is_array_like, sentence
+
+
+KeyPath = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +95,21 @@ class Leaves:
         for path, leaf in got.items():
             if path not in self.paths and leaf is not None:
                 return sentence(path, describe(leaf), "nothing there", remedy)
-        _, treedef = jtu.tree_flatten(tree)
-        return sentence(self.name, str(treedef), str(self.treedef), remedy)
+        got, expected, first = _differing(jtu.tree_structure(tree), self.treedef)
+        path = self.paths[first] if expected.num_leaves == 1 else self.name
+        return sentence(path, str(got), str(expected), remedy)
+
+
+def _differing(got: Any, expected: Any, first: int = 0) -> tuple[Any, Any, int]:
+    """The smallest parts in which two structures differ, and how many leaves precede
+    them."""
+    pairs = list(zip(got.children(), expected.children(), strict=False))
+    alike = got.node_data() == expected.node_data()
+    different = [number for number, (a, b) in enumerate(pairs) if alike and a != b]
+    if not different:
+        return got, expected, first
+    first += sum(b.num_leaves for _, b in pairs[: different[0]])
+    return _differing(*pairs[different[0]], first)
 
 
 def _is_complex(leaf: Any) -> bool:
@@ -104,9 +120,29 @@ def named_leaves(
     name: str, tree: PyTree, keep_none: bool = False
 ) -> list[tuple[str, Any]]:
     """Leaves with paths as a person writes them: `cell.weight_hh`, `state[0]`."""
-    is_leaf = (lambda leaf: leaf is None) if keep_none else None
-    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [((name + jtu.keystr(path)).lstrip(".") or "model", x) for path, x in flat]
+    # None counts as a child, so that a path does not depend on what is left out.
+    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    children: dict[KeyPath, set[Any]] = {}
+    for path, _ in flat:
+        for depth, key in enumerate(path):
+            children.setdefault(path[:depth], set()).add(key)
+    return [
+        (_as_written(name, path, children), leaf)
+        for path, leaf in flat
+        if keep_none or leaf is not None
+    ]
+
+
+def _as_written(name: str, path: KeyPath, children: Mapping[KeyPath, set[Any]]) -> str:
+    """A class that names no keys, such as a quantity with a unit, is passed over if it
+    has one child; the children of others are numbered."""
+    for depth, key in enumerate(path):
+        if isinstance(key, jtu.FlattenedIndexKey):
+            alone = len(children[path[:depth]]) == 1
+            name += "" if alone else f"[{key.key}]"
+        else:
+            name += jtu.keystr((key,))
+    return name.lstrip(".") or "model"
 
 
 def named_parts(name: str, tree: PyTree) -> list[tuple[str, Any]]:

@@ -33,6 +33,7 @@ from ._jacobian import (
     value_of,
 )
 from ._readout import outputs_of, readout
+from ._relation import Relation
 from ._rules import GroupWindow, Window
 
 
@@ -41,7 +42,8 @@ def local_reads(graph: ETraceGraph) -> list[int]:
     reads = {ref for facts in graph.facts for ref in facts.reads}
     data = {*graph.saved, *graph.program.inputs[graph.param_leaves.count :]}
     for relation in graph.relations:
-        reads.update(ref for ref in relation.equation.values if ref in data)
+        operands = zip(relation.equation.inputs, relation.reads, strict=True)
+        reads.update(ref for ref, read in operands if read and ref in data)
     return sorted(reads)
 
 
@@ -121,7 +123,7 @@ def credit(
     gradients, traces = [], []
     for number, relation in enumerate(graph.relations):
         group, jacobian = groups[relation.group]
-        operands = tuple(value_of(env, ref) for ref in relation.equation.inputs)
+        operands = _operands(setting, relation, env)
         window = Window(
             relation,
             group,
@@ -137,6 +139,21 @@ def credit(
         gradients.append(gradient)
         traces.append(new)
     return gradients, tuple(traces)
+
+
+def _operands(
+    setting: Setting, relation: Relation, env: dict[int, Any]
+) -> tuple[Any, ...]:
+    """The operands of a use, those without influence of any value."""
+    graph, found = setting.graph, []
+    lead = (setting.steps,) if graph.batch is None else (setting.steps, graph.batch)
+    for ref in relation.equation.inputs:
+        if isinstance(ref, int) and ref not in env:
+            aval = graph.program.avals[ref]
+            found.append(jnp.zeros((*lead, *aval.shape), aval.dtype))
+        else:
+            found.append(value_of(env, ref))
+    return tuple(found)
 
 
 def _group_window(

@@ -329,6 +329,25 @@ def loops_over_data(p, x, state, taps):
     return h, (h, filtered)
 
 
+def _composed(first, second):
+    return first[0] * second[0], second[0] * first[1] + second[1]
+
+
+@case(
+    params={"w": (N, IN), "tau": around(0.5, N)},
+    state=zeros(N),
+    oracle="bptt",
+    units=[(N, 1)],
+    ops={"['w']": {"dense"}},
+)
+def associative_scan_of_one_step(p, x, h, taps):
+    """A layer for whole sequences, called on one step: some slices are empty."""
+    decays = jnp.stack([jnp.ones(N), p["tau"]])
+    drives = jnp.stack([h, p["w"] @ x])
+    h = jax.lax.associative_scan(_composed, (decays, drives))[1][-1]
+    return h, h
+
+
 @case(
     params={"w": (N, IN), "u": (N, N), "tau": around(1.0, N)},
     state=zeros(N),

@@ -7,7 +7,6 @@ from catalogue_case import (
     IN,
     N,
     around,
-    everything,
     leaky,
     normal,
     table_of_cases,
@@ -273,18 +272,99 @@ def triangular_solve(p, x, h, taps):
     return h, h
 
 
-# One step: the second factor of the decomposition has a trace and the first has none,
-# and no twin cuts the one without the other.
+def _regular(key):
+    return normal(N, N)(key) + 2 * jnp.eye(N)
+
+
 @case(
-    params={"w": lambda key: normal(N, N)(key) + 2 * jnp.eye(N), "tau": (N,)},
+    params={"w": _regular, "tau": (N,)},
     state=zeros(N),
     x=zeros(N),
-    oracle="one step",
+    oracle="bptt",
     units=[(N, 1)],
-    pending=everything("JAX's own solve is a call with four functions: refused"),
+    ops={"['w']": {"by AD"}},
 )
 def solve(p, x, h, taps):
+    """A call with four functions: the factors that it solves with are no weights."""
     h = leaky(h, jnp.linalg.solve(p["w"], x) + p["tau"] * h)
+    return h, h
+
+
+@case(
+    params={"w": (N, IN), "u": _regular},
+    state=zeros(N),
+    oracle="twin",
+    units=[(N, 1)],
+    ops={"['u']": {"by AD"}},
+)
+def solve_for_the_state(p, x, h, taps):
+    """The recurrent product is with the inverse of the weight."""
+    h = leaky(h, p["w"] @ x + jnp.linalg.solve(p["u"], taps.recur(h)))
+    return h, h
+
+
+@case(
+    params={"w": (N, IN), "b": (N,)},
+    state=zeros(N),
+    oracle="twin",
+    units=[(N, 1)],
+    ops={"['b']": {"by AD"}},
+)
+def solve_with_a_matrix_of_the_state(p, x, h, taps):
+    matrix = 2 * jnp.eye(N) + jnp.diag(jnp.tanh(taps.recur(h)[1:]), 1)
+    h = leaky(h, p["w"] @ x + jnp.linalg.solve(matrix, p["b"]))
+    return h, h
+
+
+@case(
+    params={"w": (N, IN), "tau": around(0.3, N)},
+    state=zeros(N),
+    oracle="twin",
+    units=[(N, 1)],
+    options={"max_slots": N - 1},
+)
+def solve_with_a_constant(p, x, h, taps):
+    """No weight is in it: a coupling of more units than one may have slots."""
+    matrix = 3 * jnp.eye(N) - jnp.ones((N, N)) / N
+    h = leaky(h, p["w"] @ x + jnp.linalg.solve(matrix, taps.recur(h)) - p["tau"] * h)
+    return h, h
+
+
+@case(
+    params={"w": (N, IN), "u": (N, N)},
+    state=zeros(N),
+    oracle="twin",
+    units=[(N, 1)],
+    ops={"['u']": {"by AD"}},
+)
+def conjugate_gradient(p, x, h, taps):
+    """Of the three functions that read the weight, one has a derivative by it."""
+    matrix = p["u"] @ p["u"].T + jnp.eye(N)
+    solved, _ = jax.scipy.sparse.linalg.cg(
+        lambda v: matrix @ v,
+        taps.recur(h),
+        tol=1e-14,
+        M=lambda v: v / jnp.diagonal(matrix),
+    )
+    h = leaky(h, p["w"] @ x + solved)
+    return h, h
+
+
+@case(
+    params={"w": (N, IN), "u": _regular},
+    state=zeros(N),
+    oracle="twin",
+    units=[(N, 1)],
+    ops={"['u']": {"by AD"}},
+)
+def solve_in_a_branch(p, x, h, taps):
+    rec = jax.lax.cond(
+        x[0] > 0,
+        lambda h: jnp.linalg.solve(p["u"], taps.recur(h)),
+        lambda h: 0.5 * h,
+        h,
+    )
+    h = leaky(h, p["w"] @ x + rec)
     return h, h
 
 
@@ -365,17 +445,36 @@ def product_with_a_rule_of_its_own(p, x, h, taps):
     return h, h
 
 
+# Rows in groups, each with a weight of its own.
+
+
 @case(
     params={"w": (2, IN, N)},
     state=zeros(3, N),
     x=zeros(3, IN),
     oracle="bptt",
     units=[(3 * N, 1)],
-    ops={"['w']": {"by AD"}},
-    pending=everything("JAX has no batching rule for it: refused"),
+    ops={"['w']": {"dense"}},
 )
 def ragged_dot(p, x, h, taps):
     """Rows 0 and 1 by the first expert, row 2 by the second."""
     drive = jax.lax.ragged_dot(x, p["w"], jnp.array([2, 1], jnp.int32))
     h = leaky(h, drive)
+    return h, h
+
+
+@case(
+    params={"w": (3, IN, N), "u": (3, N, N)},
+    state=zeros(4, N),
+    x={"drive": zeros(4, IN), "first": jnp.zeros((), jnp.int32)},
+    oracle="twin",
+    units=[(4 * N, 1)],
+    ops={"['w']": {"dense"}, "['u']": {"dense"}},
+)
+def ragged_dot_recurrent(p, x, h, taps):
+    """The groups are chosen at run time; one of them may be empty."""
+    first = x["first"] % 5
+    sizes = jnp.stack([first, 4 - first, jnp.zeros_like(first)])
+    drive = jax.lax.ragged_dot(x["drive"], p["w"], sizes)
+    h = leaky(h, drive + jax.lax.ragged_dot(taps.recur(h), p["u"], sizes))
     return h, h

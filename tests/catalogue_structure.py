@@ -370,6 +370,44 @@ def equinox_state(p, x, state, taps):
     return p(x, state, taps)
 
 
+class Quantity:
+    """As a library of units has them: a pytree class that names no keys."""
+
+    def __init__(self, value, unit):
+        self.value, self.unit = value, unit
+
+
+jax.tree_util.register_pytree_node(
+    Quantity,
+    lambda quantity: ((quantity.value,), quantity.unit),
+    lambda unit, children: Quantity(*children, unit),
+)
+
+
+def quantities(*shapes, unit):
+    return lambda key: Quantity(normal(*shapes)(key), unit)
+
+
+@case(
+    params={
+        "w": quantities(N, IN, unit="nS"),
+        "u": quantities(N, N, unit="nS"),
+        "tau": quantities(N, unit="ms"),
+    },
+    state={"v": Quantity(zeros(N), "mV")},
+    x={"drive": Quantity(zeros(IN), "mV")},
+    oracle="twin",
+    units=[(N, 1)],
+    ops={"['w']": {"dense"}, "['u']": {"dense"}, "['tau']": {"elementwise"}},
+)
+def quantities_with_units(p, x, state, taps):
+    """What has no key of its own has the path of the array in it."""
+    v = state["v"].value
+    drive = p["w"].value @ x["drive"].value + p["u"].value @ taps.recur(v)
+    v = Quantity(leaky(v, drive - p["tau"].value * v), state["v"].unit)
+    return v, {"v": v}
+
+
 # Spikes.
 
 

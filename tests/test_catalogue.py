@@ -120,18 +120,15 @@ def test_no_parameter_is_left_out(name):
     assert sorted(zero) == sorted(f".p{path}" for path in OWN[name].zero)
 
 
-PENDING = [name for name, case in OWN.items() if case.pending]
-
-
-@pytest.mark.parametrize("name", PENDING)
-def test_the_oracles_of_what_is_pending(name):
+def test_the_oracles_of_what_is_pending():
     """So that a case fails for no other reason than the one it gives."""
-    for gradient in (first_step(OWN[name]), _expected(name)):
-        named = jax.tree_util.tree_leaves_with_path(gradient)
-        for path, leaf in named:
-            assert np.all(np.isfinite(leaf)), path
-    zero = [jax.tree_util.keystr(path) for path, leaf in named if not np.any(leaf)]
-    assert sorted(zero) == sorted(f".p{path}" for path in OWN[name].zero)
+    for name in (name for name, case in OWN.items() if case.pending):
+        for gradient in (first_step(OWN[name]), _expected(name)):
+            named = jax.tree_util.tree_leaves_with_path(gradient)
+            for path, leaf in named:
+                assert np.all(np.isfinite(leaf)), (name, path)
+        zero = [jax.tree_util.keystr(path) for path, leaf in named if not np.any(leaf)]
+        assert sorted(zero) == sorted(f".p{path}" for path in OWN[name].zero), name
 
 
 CUTS = [n for n, case in OWN.items() if case.oracle not in ("bptt", "one step")]

@@ -140,6 +140,27 @@ def test_source_lines_point_to_the_model():
     assert program.equations[0].source.startswith("test_jaxpr.py:")
 
 
+def _solve(w, x):
+    return jnp.linalg.solve(2 * jnp.eye(2) + w, x)
+
+
+def test_a_library_function_stands_at_the_line_that_calls_it():
+    """JAX traces it once for all its callers, and knows no line in it."""
+    program, _ = _program(_solve, jnp.ones((2, 2)), jnp.ones(2))
+    sources = {equation.source for equation in program.equations}
+    assert all("(_solve)" in source for source in sources)
+    assert any(e.primitive is prims.linear_solve_p for e in program.equations)
+
+
+def test_a_linear_solve_reads_its_weight_once():
+    """In the product; what factorises it or transposes it has no derivative."""
+    program, _ = _program(_solve, jnp.ones((2, 2)), jnp.ones(2), params=1)
+    solve = next(e for e in program.equations if e.primitive is prims.linear_solve_p)
+    origins = [program.origins[ref] for ref in solve.values]
+    assert origins.count(Origin.WEIGHT) == origins.count(Origin.DATA) == 1
+    assert origins[0] is Origin.WEIGHT and origins[-1] is Origin.DATA
+
+
 def test_dead_equations_go_and_effects_stay():
     def fun(x):
         jnp.exp(x)

@@ -8,7 +8,17 @@ from models import spike
 
 from eqx_etrace._canonicalise import wrapped
 from eqx_etrace._flatten import flatten
-from eqx_etrace._reads import ALL, NONE, SEVERAL, Mixing, Reads, merge, pull, push
+from eqx_etrace._reads import (
+    ALL,
+    NONE,
+    SEVERAL,
+    Mixing,
+    Reads,
+    any_read,
+    merge,
+    pull,
+    push,
+)
 
 
 A23, A3, A34 = (2, 3), (3,), (3, 4)
@@ -154,3 +164,10 @@ def test_merge():
     first = np.array([NONE, 1, 1, SEVERAL])
     second = np.array([2, NONE, 3, 1])
     np.testing.assert_array_equal(merge(first, second), [2, 1, SEVERAL, SEVERAL])
+
+
+def test_an_operand_without_elements_is_read_by_none():
+    """As the slices of an associative scan over few steps are."""
+    nobody, reads = np.empty(0, np.int32), np.array([[NONE, NONE]])
+    np.testing.assert_array_equal(pull(nobody, reads), [[NONE, NONE]])
+    np.testing.assert_array_equal(any_read(nobody > 0, reads, 2), [False, False])

@@ -165,6 +165,21 @@ def test_decisions_have_paths_sources_and_sentences():
         assert len(decision.reason) > 10
 
 
+def test_what_is_rewritten_behind_a_weight_names_the_weight():
+    """Neither a weight nor the state is read there, but what the weight adds."""
+
+    def looped(w, x, h):
+        seen = w @ x
+        turned, _ = jax.lax.scan(lambda a, _: (jnp.tanh(a)[::-1], None), seen, None, 3)
+        h = jnp.tanh(0.5 * h + seen) + turned
+        return h, h
+
+    graph = etrace.compile(jnp.ones((N, IN)), jnp.zeros(N), jnp.zeros(IN), call=looped)
+    (rewritten,) = (d for d in graph.decisions if d.kind is etrace.Kind.REWRITTEN)
+    assert (rewritten.weight, rewritten.state) == (("model",), ())
+    assert "unrolled to 3 steps" in rewritten.because
+
+
 def test_sizes():
     assert [size(n) for n in (12, 3400, 5_600_000, 7_800_000_000)] == [
         "12 B",

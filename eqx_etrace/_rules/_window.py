@@ -24,11 +24,10 @@ Rows = Sequence[Sequence[Any | None]]
 class GroupWindow:
     """D and L of one hidden group over a window, and dL/dh; lives for one trace.
 
-    With the direct derivatives D and L of every step and the total derivative T of the
-    loss of every step by its new state, the derivative of the whole window's loss by
-    the new state of step t, within units, is
+    With the direct derivatives D and L of every step and the learning signal l_t, the
+    derivative of the whole window's loss by the new state of step t, within units, is
 
-        mu_t = T_t + (1 - L_t)^-T D_{t+1}^T mu_{t+1},
+        mu_t = (1 - L_t)^-T (l_t + D_{t+1}^T mu_{t+1}),
 
     and what a trace of step t has become at the end is multiplied by
 
@@ -60,9 +59,12 @@ class GroupWindow:
 
     @ft.cached_property
     def signal(self) -> list[Any]:
-        """The learning signal of every step, per slot."""
+        """The learning signal of every step, per slot; None where it is zero since
+        nothing but the unit's own new state reads the slot."""
         assert self.total is not None
-        return partial_signal(self.total, self.within)
+        found = partial_signal(self.total, self.within)
+        pairs = zip(found, self.group.silent, strict=True)
+        return [None if silent else signal for signal, silent in pairs]
 
     @ft.cached_property
     def adjoint(self) -> tuple[list[Any], list[Any | None]]:
@@ -72,18 +74,20 @@ class GroupWindow:
         slots = range(self.group.slots)
         read = [s for s in slots if any(row[s] is not None for row in self.transition)]
         if not read:
-            return list(self.total), [None for _ in slots]
+            return self._through(self.signal, self.within), [None for _ in slots]
 
         def back(later: dict[int, Any], step: Any) -> tuple[dict[int, Any], list[Any]]:
-            total, moving = step
+            signal, moving = step
             transition, within = self._rows(moving)
-            passed = self._through([later.get(s) for s in slots], within)
-            mu = [t if m is None else t + m for t, m in zip(total, passed, strict=True)]
+            heard = [
+                _add(v, later[s]) if s in later else v for s, v in enumerate(signal)
+            ]
+            mu = self._through(heard, within)
             found = _row_times(mu, transition)
-            return {s: found[s].astype(later[s].dtype) for s in read}, mu
+            return {s: _or_zero(found[s], later[s]) for s in read}, mu
 
         zero = {s: jnp.zeros_like(self.total[s][0]) for s in read}
-        steps = list(self.total), self._moving
+        steps = self.signal, self._moving
         first, mu = jax.lax.scan(back, zero, steps, reverse=True)
         return mu, [first.get(s) for s in slots]
 
