@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from ._forward import Setting, at_step, moving_leaves, renew
 from ._graph import ETraceGraph
-from ._inputs import Inputs, check_lanes, check_time, read_inputs
+from ._inputs import Inputs, check_lanes, check_time, read_inputs, window_of
 from ._jacobian import prepare
 from ._objective import Losses, Objective, count
 from ._step import check_trace, init_trace, one_step, read_state
@@ -263,16 +263,15 @@ def _windows(
     trace = init_trace(graph) if carry.trace is None else carry.trace
     carry = Carry(carry.state, trace, zeros)
 
-    def chunk(array: Any) -> Any:
-        shape = (full, length, *array.shape[1:])
-        return array[: full * length].reshape(shape)
-
     def body(carry: Carry, part: Sequence) -> tuple[Carry, Any]:
         result, new = run(carry, part)
         total = map(jnp.add, carry.gradients, new.gradients)
         return new._replace(gradients=list(total)), result
 
-    carry, first = jax.lax.scan(body, carry, jtu.tree_map(chunk, rest))
+    def window(carry: Carry, number: Any) -> tuple[Carry, Any]:
+        return body(carry, window_of(rest, number, length))
+
+    carry, first = jax.lax.scan(window, carry, jnp.arange(full))
     first = jtu.tree_map(lambda a: a.reshape(-1, *a.shape[2:]), first)
     tail = jtu.tree_map(lambda array: array[full * length :], rest)
     carry, last = body(carry, tail)

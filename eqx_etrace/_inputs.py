@@ -169,3 +169,11 @@ def check_lanes(
         remedy = "Pass booleans, or real weights."
         raise ValueError(sentence(name, describe(mask), "a real mask", remedy))
     return mask
+
+
+def window_of(tree: PyTree, number: Any, length: int) -> PyTree:
+    """Window `number` of all that has time in front, taken from where it is: what is
+    cut into windows beforehand is copied as a whole."""
+    return jtu.tree_map(
+        lambda a: jax.lax.dynamic_slice_in_dim(a, number * length, length), tree
+    )

@@ -183,7 +183,10 @@ class _Numbers:
             if places is ALL or places.shape[0] != 1:
                 return self.distinct(size)
             places = places.reshape(-1)
-            found = np.where(places == NONE, NONE, self.operand(ref)[places])
+            labels = self.operand(ref)
+            if not labels.size:  # Of what is empty nothing is read.
+                labels = np.full(1, NONE)
+            found = np.where(places == NONE, NONE, labels[places])
             read.append(found)
         if kind is Mixing.STRUCTURAL:  # Each element comes from one operand.
             return np.max(read, axis=0)

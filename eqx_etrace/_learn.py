@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from ._drive import Sequence, check_window, read, renewed, sequence
 from ._graph import ETraceGraph
-from ._inputs import Inputs
+from ._inputs import Inputs, window_of
 from ._objective import Objective, weighted
 from ._step import check_trace, init_trace, read_state, step
 
@@ -141,10 +141,11 @@ def _chunks(chunk: Any, every: int, steps: int, carry: Any, rest: Sequence) -> A
     full, tail = divmod(steps, every)
     found = []
     if full:
-        parts = jtu.tree_map(
-            lambda a: a[: full * every].reshape(full, every, *a.shape[1:]), rest
-        )
-        carry, losses = jax.lax.scan(chunk, carry, parts)
+
+        def window(carry: Any, number: Any) -> Any:
+            return chunk(carry, window_of(rest, number, every))
+
+        carry, losses = jax.lax.scan(window, carry, jnp.arange(full))
         found.append(jtu.tree_map(lambda a: a.reshape(-1, *a.shape[2:]), losses))
     if tail:
         part = jtu.tree_map(lambda a: a[full * every :], rest)

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from ._forward import Setting, forward, plan
 from ._graph import ETraceGraph
-from ._inputs import Inputs, read_inputs
+from ._inputs import Inputs, read_inputs, window_of
 from ._jacobian import prepare
 from ._stage import Frozen
 from ._step import check_trace, init_trace, instantiate, merge_graph, read_state
@@ -124,10 +124,10 @@ def _evolve(setting: Setting, state: Any, trace: Any, inputs: Inputs) -> Any:
         outs, state, trace = _move(now, carry[0], carry[1], xs)
         return (state, trace), outs
 
-    def chunk(array: Any) -> Any:
-        return array[: full * length].reshape(full, length, *array.shape[1:])
+    def window(carry: Any, number: Any) -> Any:
+        return body(carry, window_of(moving, number, length))
 
-    carry, first = jax.lax.scan(body, (state, trace), jtu.tree_map(chunk, moving))
+    carry, first = jax.lax.scan(window, (state, trace), jnp.arange(full))
     carry, last = body(carry, [array[full * length :] for array in moving])
     first = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in first]
     outs = [jnp.concatenate(pair) for pair in zip(first, last, strict=True)]

@@ -133,7 +133,9 @@ def credit(
             reset,
         )
         old = None if trace is None else trace[number]
-        gradient, new = graph.rule.window(window, old)
+        # Entries with time and batch in front meet those that have neither.
+        with jax.numpy_rank_promotion("allow"):
+            gradient, new = graph.rule.window(window, old)
         gradients.append(gradient)
         traces.append(new)
     return gradients, tuple(traces)
