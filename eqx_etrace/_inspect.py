@@ -4,6 +4,7 @@ The step computes them and keeps none. Here they are for a person: to check a ru
 write one's own, to look at a network. Both are pure, and work under jit and vmap.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,15 @@ from ._graph import ETraceGraph
 from ._jacobian import (
     GroupJacobian,
     jacobians as group_jacobians,
-    partial_signal,
     prepare,
     relation_jacobian,
     run,
     shared_env,
 )
 from ._relation import Relation
-from ._same_step import same_step_total
+from ._same_step import partial_signal, same_step_total
 from ._stage import named_leaves
-from ._step import _leaves, _per_sample
+from ._step import _per_sample, read_step
 
 
 class WeightJacobian(eqx.Module):
@@ -116,7 +116,7 @@ def jacobians(
             print(group.leaves, J.shape)  # ("state",) (8, 1, 1)
         ```
     """
-    param_leaves, state_leaves, x_leaves = _leaves(graph, params, state, x)
+    param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
     weights, prepared = prepare(graph, param_leaves)
     reads = sorted({ref for group in graph.groups for ref in group.reads})
     known = (*graph.weights, *graph.prepared, *graph.program.constants)
@@ -169,7 +169,8 @@ def _weight_jacobian(
     env: Mapping[int, Any],
 ) -> WeightJacobian:
     group = graph.groups[relation.group]
-    local = relation_jacobian(graph, relation, jacobian, env)
+    every = dataclasses.replace(relation, alike=(False,) * len(relation.slots))
+    local = relation_jacobian(graph, every, jacobian, env)
     spread = [
         [None if factor is None else relation.map.spread(factor) for factor in row]
         for row in local.within
@@ -221,7 +222,7 @@ def learning_signal(
         (signal,) = eqx_etrace.learning_signal(graph, params, state, x, cotangent)
         ```
     """
-    param_leaves, state_leaves, x_leaves = _leaves(graph, params, state, x)
+    param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
     given = _cotangent_leaves(graph, cotangent)
     weights, prepared = prepare(graph, param_leaves)
 
@@ -238,7 +239,7 @@ def learning_signal(
         total = dict(enumerate(pull(_differentiable(graph, given))[0]))
         found = group_jacobians(graph, shared, state, saved)
         return tuple(
-            group.stack(partial_signal(group, group.read(total), jacobian.within))
+            group.stack(partial_signal(group.read(total), jacobian.within))
             for group, jacobian in zip(graph.groups, found, strict=True)
         )
 

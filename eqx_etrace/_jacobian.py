@@ -222,33 +222,38 @@ def relation_jacobian(
     env: Mapping[int, Any],
 ) -> RelationJacobian:
     """What a learning rule needs to know about one relation."""
-    group = graph.groups[relation.group]
-    direct = jacobian.direct[group.uses.index(relation.y)]
-    operands = tuple(_value(env, ref) for ref in relation.equation.inputs)
-    kept = tuple(
-        array if slot in relation.reached else None for slot, array in enumerate(direct)
-    )
-    return RelationJacobian(jacobian.transition, jacobian.within, kept, operands)
+    operands = tuple(value_of(env, ref) for ref in relation.equation.inputs)
+    return reduced(relation, graph.groups[relation.group], jacobian, operands)
 
 
-def _value(env: Mapping[int, Any], ref: Ref) -> Any:
-    return env[ref] if isinstance(ref, int) else literal(ref)
+def reduced(
+    relation: Relation,
+    group: HiddenGroup,
+    jacobian: GroupJacobian,
+    operands: tuple[Any, ...],
+) -> RelationJacobian:
+    """The entries that concern one relation; axes in front stay.
 
-
-def partial_signal(
-    group: HiddenGroup, total: Sequence[Any], within: Entries
-) -> list[Any]:
-    """The learning signal l = T - L^T T of one group from the total derivative T.
-
-    T counts the paths from one new slot of a unit to another within the step, and the
-    trace holds these paths too: as a factor of the trace, T would count them twice.
+    Where a trace is alike for all units, one entry stands for all of them.
     """
-    signal = []
-    for s in range(group.slots):
-        partial = total[s]
-        for t in range(group.slots):
-            factor = within[t][s]
-            if factor is not None:
-                partial = partial - (factor * total[t]).astype(partial.dtype)
-        signal.append(partial)
-    return signal
+    direct = list(jacobian.direct[group.uses.index(relation.y)])
+    transition, within = list(jacobian.transition), list(jacobian.within)
+    for slot in range(group.slots):
+        if slot not in relation.reached:
+            direct[slot] = None
+    for slot, alike in zip(relation.slots, relation.alike, strict=True):
+        if alike:
+            transition[slot] = _firsts(transition[slot], 1)
+            within[slot] = _firsts(within[slot], 1)
+            direct[slot] = _firsts([direct[slot]], len(relation.y_shape))[0]
+    return RelationJacobian(transition, within, direct, operands)
+
+
+def _firsts(row: Sequence[Any], axes: int) -> list[Any]:
+    """The first entry along the last axes, which stay, with size one."""
+    first = (..., *(slice(1) for _ in range(axes)))
+    return [None if entry is None else entry[first] for entry in row]
+
+
+def value_of(env: Mapping[int, Any], ref: Ref) -> Any:
+    return env[ref] if isinstance(ref, int) else literal(ref)

@@ -10,13 +10,14 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from ._custom_types import Labels
 from ._group import HiddenGroup
-from ._jaxpr import Equation, Origin, Program
+from ._jaxpr import Equation, Origin, Program, aval_of, bind
 from ._locality import Edge, Locality
 from ._op_rules import OpRule, OpRules, merge_axes, op_rule
 from ._reads import NONE
@@ -33,14 +34,26 @@ class UnitMap(eqx.Module):
     index: Int[Array, "..."] | None
     """The unit of each element, -1 for none, where no tiling describes it."""
 
-    def spread(self, v: Shaped[Array, " units"]) -> Shaped[Array, "..."]:
-        """A vector over units as an array of the shape of y."""
+    def spread(self, v: Shaped[Array, "*lead _"]) -> Shaped[Array, "..."]:
+        """A vector over units as an array of the shape of y; axes in front stay.
+
+        A vector of size one stands for equal entries, and stays of size one.
+        """
+        lead = v.shape[:-1]
+        if v.shape[-1] == 1 != self.units:
+            return v.reshape(*lead, *(1 for _ in self.shape))
         if self.repeats is not None:
             outer, inner = self.repeats
-            tiled = jnp.broadcast_to(v[None, :, None], (outer, self.units, inner))
-            return tiled.reshape(self.shape)
+            shape = (*lead, outer, self.units, inner)
+            tiled = jnp.broadcast_to(v[..., None, :, None], shape)
+            return tiled.reshape(*lead, *self.shape)
         index = jnp.asarray(self.index)
-        return jnp.where(index >= 0, v[index], jnp.zeros((), v.dtype))
+        return jnp.where(index >= 0, v[..., index], jnp.zeros((), v.dtype))
+
+    @property
+    def total(self) -> bool:
+        """Whether every element of y feeds a unit of the group."""
+        return self.index is None or bool((np.asarray(self.index) >= 0).all())
 
     def positions(self) -> Int[Array, "..."]:
         """Per element of y the unit it feeds, -1 for none."""
@@ -72,7 +85,7 @@ class Relation(eqx.Module):
 
     - `weight`: the key paths of the params that the weight is computed from.
     - `group`: the number of the hidden group in `graph.groups`.
-    - `slots`: the slots of the group that keep a trace, in the order of the trace.
+    - `slots`: the slots of the group that have a trace, in the order of the trace.
     - `op`: the op rule, which knows the layout of the trace; `op.name` says which.
     - `source`: the line of code of the use.
     - `weight_shape`, `y_shape`, `trace_shape`: shapes of the weight as it is used, of
@@ -100,8 +113,18 @@ class Relation(eqx.Module):
     equation: Equation = eqx.field(static=True)
     operand: int = eqx.field(static=True)
     y: int = eqx.field(static=True)
+    y_dtype: Any = eqx.field(static=True)
     trace_dtypes: tuple[Any, ...] = eqx.field(static=True)
     weight_dtype: Any = eqx.field(static=True)
+    derivative_shape: tuple[int, ...] | None = eqx.field(static=True)
+    """The shape of dy/dw where the op rule gives it and all is real."""
+    links: tuple[tuple[int, ...] | None, ...] = eqx.field(static=True)
+    """Per entry of `slots` None, or that its trace needs no array of its own: no old
+    slot acts on it and it acts on no later step, so that it is df . dy/dw of this very
+    step and a multiple of the traces of these other slots."""
+    alike: tuple[bool, ...] = eqx.field(static=True)
+    """Per entry of `slots`, whether the trace is the same for all units: then it has
+    the shape of dy/dw."""
     map: UnitMap
 
     @property
@@ -132,10 +155,37 @@ class Relation(eqx.Module):
         """A vector over units, shaped so that it multiplies a trace."""
         return self.op.expand(self.map.spread(v))
 
-    def trace_bytes(self) -> int:
-        """Bytes of the trace of one sample."""
-        size = int(np.prod(self.op.trace_shape, dtype=np.int64))
-        return sum(size * np.dtype(dtype).itemsize for dtype in self.trace_dtypes)
+    def y_of(self, w: Any, operands: tuple[Any, ...]) -> Any:
+        """y for the weight `w` and the other operands as they are."""
+        args = list(operands)
+        args[self.operand] = w
+        return bind(self.equation, args)[self.equation.outputs.index(self.y)]
+
+    def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
+        """dy/dw, shaped to broadcast against the trace, however large."""
+        found = self.op.derivative(operands)
+        if found is not None:
+            return found
+        one = jnp.ones(self.y_shape, self.y_dtype)
+        whole = self.op.influence(one, operands)
+        real = not jnp.issubdtype(self.weight_dtype, jnp.complexfloating)
+        if not jnp.iscomplexobj(one) or not real:
+            return whole
+        # By a real weight an influence is the real part of a product.
+        imaginary = self.op.influence(-1j * one, operands)
+        return jax.lax.complex(whole.real, imaginary.real)
+
+    @property
+    def array_slots(self) -> tuple[int, ...]:
+        """The slots whose trace is an array."""
+        pairs = zip(self.slots, self.links, strict=True)
+        return tuple(slot for slot, links in pairs if links is None)
+
+    def array_shape(self, slot: int) -> tuple[int, ...]:
+        """The shape of the trace of one slot and one sample where it is an array."""
+        alike = self.alike[self.slots.index(slot)]
+        shape = self.derivative_shape if alike else self.op.trace_shape
+        return self.op.trace_shape if shape is None else shape
 
     def __repr__(self) -> str:
         where = f", {self.source}" if self.source else ""
@@ -193,6 +243,35 @@ def _trace_dtype(state: Any, weight: Any) -> Any:
     return jnp.dtype(jnp.complex128 if state == jnp.float64 else jnp.complex64)
 
 
+def _derivative_shape(
+    program: Program, use: Use, op: OpRule, weight: Any
+) -> tuple[int, ...] | None:
+    real = not any(
+        jnp.issubdtype(dtype, jnp.complexfloating)
+        for dtype in (weight.dtype, program.avals[use.y].dtype)
+    )
+    specs = [aval_of(program.avals, ref) for ref in use.equation.inputs]
+    specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in specs]
+    found = jax.eval_shape(lambda *args: op.derivative(args), *specs)
+    return found.shape if real and found is not None else None
+
+
+def _links(
+    group: HiddenGroup, slots: tuple[int, ...], separable: bool
+) -> tuple[tuple[int, ...] | None, ...]:
+    """What the field `links` of a relation says."""
+    found: dict[int, tuple[int, ...] | None] = {}
+    for slot in slots:
+        row = group.transition_matrix[slot]
+        column = (other[slot] for other in group.transition_matrix)
+        found[slot] = None
+        if separable and not any(row) and not any(column):
+            reads = [s for s in slots if group.within_matrix[slot][s]]
+            through = ((s,) if found[s] is None else found[s] for s in reads)
+            found[slot] = tuple(sorted({s for links in through for s in links or ()}))
+    return tuple(found.values())
+
+
 def make_relation(
     program: Program,
     use: Use,
@@ -225,18 +304,24 @@ def make_relation(
     slots = tuple(slot for slot in group.order if slot in kept)
     op = op_rule(program, use.equation, use.operand, use.output, op_rules)
     shape, weight = program.avals[use.y].shape, program.avals[use.ref]
+    op = merge_axes(op, positions.reshape(shape))
+    smaller = _derivative_shape(program, use, op, weight)
     return Relation(
         weight=names,
         group=number,
         slots=slots,
         reached=reached,
-        op=merge_axes(op, positions.reshape(shape)),
+        op=op,
         source=use.equation.source,
         ref=use.ref,
         equation=use.equation,
         operand=use.operand,
         y=use.y,
+        y_dtype=program.avals[use.y].dtype,
         trace_dtypes=tuple(_trace_dtype(group.dtypes[s], weight.dtype) for s in slots),
         weight_dtype=weight.dtype,
+        derivative_shape=smaller,
+        links=_links(group, slots, smaller is not None),
+        alike=(False,) * len(slots),
         map=unit_map(positions, group.units, shape),
     )

@@ -59,7 +59,7 @@ def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
             leaves = graph.groups[relation.group].leaves
             slots = ", ".join(leaves[slot] for slot in relation.slots)
             key = (relation.op.name, str(relation.group), f"trace on {slots}")
-            count = (graph.batch or 1) * relation.trace_bytes()
+            count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
             bytes_[key] = bytes_.get(key, 0) + count
     rows = [(op, group, size(n), text) for (op, group, text), n in bytes_.items()]
     for decision in graph.decisions:
@@ -86,7 +86,7 @@ def _list(title: str, decisions: Sequence[Decision]) -> list[str]:
 
 def report(graph: "ETraceGraph") -> Report:
     """The text of `graph.report()`."""
-    total = sum(relation.trace_bytes() for relation in graph.relations)
+    total = sum(graph.rule.trace_bytes(relation) for relation in graph.relations)
     batch = "unbatched" if graph.batch is None else f"batch {graph.batch}"
     rule = type(graph.rule).__name__
     rule += "" if graph.rule.scope == "local" else f"(scope='{graph.rule.scope}')"

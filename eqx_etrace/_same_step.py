@@ -36,3 +36,19 @@ def _plus(entry: Any, factor: Any, other: Any) -> Any:
     dtype = (other if entry is None else entry).dtype
     more = factor.astype(dtype) * other.astype(dtype)
     return more if entry is None else entry + more
+
+
+def partial_signal(total: Sequence[Any], within: Sequence[Sequence[Any]]) -> list[Any]:
+    """The learning signal l = T - L^T T of one group from the total derivative T.
+
+    T counts the paths from one new slot of a unit to another within the step, and the
+    trace holds these paths too: as a factor of the trace, T would count them twice.
+    """
+    signal = []
+    for s, partial in enumerate(total):
+        for t, row in enumerate(within):
+            factor = row[s]
+            if factor is not None:
+                partial = partial - (factor * total[t]).astype(partial.dtype)
+        signal.append(partial)
+    return signal

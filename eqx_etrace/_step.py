@@ -23,12 +23,12 @@ from ._group import HiddenGroup
 from ._jacobian import (
     GroupJacobian,
     jacobians,
-    partial_signal,
     prepare,
     relation_jacobian,
     run,
     shared_env,
 )
+from ._same_step import partial_signal
 from ._stage import Frozen
 
 
@@ -94,19 +94,11 @@ def step(
         grads, (state, trace) = jax.grad(loss, has_aux=True)(params)
         ```
     """
-    param_leaves, state_leaves, x_leaves = _leaves(graph, params, state, x)
-    _check_trace(graph, trace)
+    param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
+    check_trace(graph, trace)
     weights, prepared = prepare(graph, param_leaves)
-    arrays, static = eqx.partition(graph, eqx.is_array)
-    core: Any = _core  # pyright cannot see through the decorator
-    out, new_state, new_trace = core(
-        Frozen.of(static),
-        arrays,
-        weights,
-        tuple(prepared),
-        state_leaves,
-        trace,
-        x_leaves,
+    out, new_state, new_trace = one_step(
+        graph, weights, prepared, state_leaves, trace, x_leaves
     )
     return (
         jtu.tree_unflatten(graph.out_leaves.treedef, out),
@@ -117,17 +109,34 @@ def step(
     )
 
 
-def _leaves(
+def one_step(
+    graph: ETraceGraph, weights: Any, prepared: Any, state: Any, trace: Any, x: Any
+) -> tuple[Any, Any, Any]:
+    """`step` on leaves, from the prepared weights."""
+    arrays, static = eqx.partition(graph, eqx.is_array)
+    core: Any = _core  # pyright cannot see through the decorator
+    frozen = Frozen.of(static)
+    return core(frozen, arrays, tuple(weights), tuple(prepared), state, trace, x)
+
+
+def read_step(
     graph: ETraceGraph, params: PyTree, state: PyTree, x: PyTree
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    batch = graph.batch
+    """The leaves of what a step takes, checked; those of the state in parts."""
+    remedy = "Pass an input like the one the graph was compiled for, or compile again."
+    leaves = read_state(graph, params, state)
+    return *leaves, _arrays(graph.x_leaves.flatten(x, graph.batch, remedy))
+
+
+def read_state(
+    graph: ETraceGraph, params: PyTree, state: PyTree
+) -> tuple[list[Any], list[Any]]:
+    """The same without an input."""
     remedy = "Pass params as `graph.params(model)` gives them."
     p = graph.param_leaves.flatten(params, None, remedy)
     remedy = "Pass a state like the one the graph was compiled for, or compile again."
-    s = graph.state_leaves.flatten(state, batch, remedy)
-    remedy = "Pass an input like the one the graph was compiled for, or compile again."
-    i = graph.x_leaves.flatten(x, batch, remedy)
-    return _arrays(p), graph.state_leaves.split(_arrays(s)), _arrays(i)
+    s = graph.state_leaves.flatten(state, graph.batch, remedy)
+    return _arrays(p), graph.state_leaves.split(_arrays(s))
 
 
 def _arrays(leaves: list[Any]) -> list[Any]:
@@ -135,7 +144,7 @@ def _arrays(leaves: list[Any]) -> list[Any]:
     return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
 
 
-def _check_trace(graph: ETraceGraph, trace: PyTree) -> None:
+def check_trace(graph: ETraceGraph, trace: PyTree) -> None:
     expected = jax.eval_shape(lambda: init_trace(graph))
     remedy = "Start from `init_trace(graph)` of this very graph and batch size."
     if jtu.tree_structure(trace) != jtu.tree_structure(expected):
@@ -155,7 +164,7 @@ def _check_trace(graph: ETraceGraph, trace: PyTree) -> None:
                 raise ValueError(sentence(where, got, wanted, remedy))
 
 
-def _merge(static: Frozen, arrays: PyTree) -> ETraceGraph:
+def merge_graph(static: Frozen, arrays: PyTree) -> ETraceGraph:
     return eqx.combine(arrays, static.thaw())
 
 
@@ -228,24 +237,19 @@ def _credit(
 
     def signals(derivatives: Any, found: Any) -> Any:
         leaves = dict(enumerate(derivatives))
-        spread = []
         per_group = []
         for number, group in enumerate(graph.groups):
             signal = group.read(leaves)
             if found is not None:
-                signal = partial_signal(group, signal, found[number].within)
+                signal = partial_signal(signal, found[number].within)
             quiet = zip(signal, silent[number], strict=True)
             per_group.append([None if none else v for v, none in quiet])
-        for relation in graph.relations:
-            signal = per_group[relation.group]
-            put = relation.map.spread
-            spread.append([None if v is None else put(v) for v in signal])
-        return spread
+        return per_group
 
-    spread = _per_sample(graph, signals, (0, 0))(derivatives, found)
+    heard = _per_sample(graph, signals, (0, 0))(derivatives, found)
     total = dict(zip(graph.weights, gradients, strict=True))
     for number, relation in enumerate(graph.relations):
-        gradient = graph.rule.gradient(relation, trace[number], spread[number])
+        gradient = graph.rule.gradient(relation, trace[number], heard[relation.group])
         total[relation.ref] = total[relation.ref] + gradient
     return tuple(total[ref] for ref in graph.weights)
 
@@ -260,7 +264,7 @@ def _core(
     trace: Any,
     x: Any,
 ) -> tuple[Any, Any, Any]:
-    graph = _merge(static, arrays)
+    graph = merge_graph(static, arrays)
     new_state, out, saved = _forward(graph, weights, prepared, state, x)
     new_trace, _ = _advance(graph, weights, prepared, state, trace, saved)
     return out, new_state, new_trace
@@ -272,7 +276,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     perturbed = jtu.tree_map(lambda leaf: leaf.perturbed, primals[-1])
     values = jtu.tree_map(lambda leaf: leaf.value, primals)
     arrays, weights, prepared, state, trace, x = values
-    graph = _merge(static, arrays)
+    graph = merge_graph(static, arrays)
     single = graph.vjp == "single-step"
     hidden = [state[i] for i in graph.hidden.leaves]
     related = {relation.edge for relation in graph.relations}
@@ -304,10 +308,10 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
 
 def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, pull, (trace, found), marks = residuals
-    graph = _merge(static, arrays)
+    graph = merge_graph(static, arrays)
     of_out, of_state, _ = cotangents
     given = [
-        _instantiate(cotangent)
+        instantiate(cotangent)
         for cotangent, spec in zip(
             (*of_state, *of_out),
             (*graph.state_leaves.parts.specs, *graph.out_leaves.specs),
@@ -342,7 +346,7 @@ def _inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _instantiate(cotangent: Any) -> Any:
+def instantiate(cotangent: Any) -> Any:
     if not isinstance(cotangent, SymbolicZero):
         return cotangent
     aval: Any = cotangent.aval

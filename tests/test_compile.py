@@ -8,7 +8,7 @@ import pytest
 from test_units import IN, KEY, N, Step, adaptive, compiled, make, rnn, sizes
 
 import eqx_etrace as etrace
-from eqx_etrace._graph import _check_arguments
+from eqx_etrace._compile import _check_arguments
 
 
 def test_readouts_have_no_trace_and_no_group():

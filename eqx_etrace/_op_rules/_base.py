@@ -8,10 +8,16 @@ moves are enough for every learning rule:
 - `influence(df, operands)`: df . dy/dw, laid out as the trace;
 - `expand(v)`: a vector over y, shaped so that it multiplies a trace;
 - `contract(vectors, traces)`: the sum over slots, y and batch of v . trace.
+
+Where dy/dw is known as an array of its own, `derivative(operands)`, the influence is a
+product, and so three more things are possible: a trace that does not depend on the unit
+is kept without the axes of y, the influences of many steps are added by one product of
+matrices, and a rule may filter dy/dw alone.
 """
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
+
+from ._products import cast, sum_of_product
+
+
+_SMALL = 1 << 14
+"""Traces of so few elements need no care."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +96,49 @@ class OpRule(abc.ABC):
         applied to, the weight among them.
         """
 
+    def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."] | None:
+        """dy/dw, shaped to broadcast against the trace, where that is smaller.
+
+        It has as many axes as the trace, with size one where it does not vary, so that
+        `influence(df, operands)` is `expand(df)` times it. None, the default, where it
+        would be as large as the trace or where there is no such product.
+        """
+        del operands
+        return None
+
+    def accumulate(
+        self,
+        dfs: Shaped[Array, "steps ..."],
+        operands: tuple[Any, ...],
+        stacked: Sequence[bool],
+    ) -> Shaped[Array, "..."]:
+        """The sum over the leading axis of `influence(df, operands)`.
+
+        `stacked` says which operands have that axis too.
+        """
+        derivative = self._derivatives(operands, stacked)
+        if derivative is not None:
+            dfs = jax.vmap(self.expand)(dfs)
+            return sum_of_product(dfs, cast(derivative, dfs.dtype), (0,))
+        moving = [a for a, moves in zip(operands, stacked, strict=True) if moves]
+
+        def add(total: Any, step: Any) -> tuple[Any, None]:
+            df, values = step
+            rest = iter(values)
+            args = (next(rest) if m else a for a, m in zip(operands, stacked))  # noqa: B905
+            return total + self.influence(df, tuple(args)), None
+
+        zero = jnp.zeros(self.trace_shape, dfs.dtype)
+        return jax.lax.scan(add, zero, (dfs, moving))[0]
+
+    def _derivatives(self, operands: tuple[Any, ...], stacked: Sequence[bool]) -> Any:
+        """The derivative with the leading axis in front, one where nothing has it."""
+        if not any(stacked):
+            found = self.derivative(operands)
+            return None if found is None else found[None]
+        axes = tuple(0 if moves else None for moves in stacked)
+        return jax.vmap(lambda *args: self.derivative(args), axes)(*operands)
+
     def contract(
         self,
         vectors: Sequence[Shaped[Array, "..."]],
@@ -92,12 +147,30 @@ class OpRule(abc.ABC):
         """Sum over slots and over y of vector . trace, in the shape of the weight.
 
         Traces with one more axis in front carry a batch, and so do the vectors: the
-        sum then runs over the batch as well.
+        sum then runs over the batch as well. A trace may have size one along axes of y.
         """
         dtype = _sum_dtype(traces[0].dtype)
+        batched = traces[0].ndim > len(self.trace_shape)
+        pairs = list(zip(vectors, traces, strict=True))
+        full = [pair for pair in pairs if pair[1].shape[batched:] == self.trace_shape]
+        total = jnp.zeros((), dtype)
+        if full:
+            total = self._contract_full(*zip(*full, strict=True), dtype)
+        expand = jax.vmap(self.expand) if batched else self.expand
+        axes = tuple(axis + batched for axis in self.summed)
+        for v, trace in pairs:
+            if trace.shape[batched:] != self.trace_shape:
+                v, trace = expand(v.astype(dtype)), trace.astype(dtype)
+                found = sum_of_product(v, trace, (0, *axes) if batched else axes)
+                total = total + found.reshape(self.weight_shape)
+        return total
+
+    def _contract_full(self, vectors: Any, traces: Any, dtype: Any) -> Any:
         samples = tuple(vectors), tuple(traces)
         if traces[0].ndim == len(self.trace_shape):
             return self._sum(vectors, traces, dtype)
+        if math.prod(self.trace_shape) <= _SMALL:
+            return self._all(vectors, traces, dtype)
 
         def one_by_one(*samples: Any) -> Any:
             def add(total: Any, sample: Any) -> tuple[Any, None]:
@@ -108,12 +181,15 @@ class OpRule(abc.ABC):
             return jax.lax.scan(add, zero, samples)[0]
 
         def at_once(*samples: Any) -> Any:
-            each = jax.vmap(lambda vs, es: self._sum(vs, es, dtype))(*samples)
-            return jnp.sum(each, axis=0)
+            return self._all(*samples, dtype)
 
         # XLA's CPU backend takes 2 to 5 times as long for any reduction or product
         # over the leading axis; a GPU would run the loop as one small kernel a sample.
         return jax.lax.platform_dependent(*samples, cpu=one_by_one, default=at_once)
+
+    def _all(self, vectors: Any, traces: Any, dtype: Any) -> Any:
+        each = jax.vmap(lambda vs, es: self._sum(vs, es, dtype))(vectors, traces)
+        return jnp.sum(each, axis=0)
 
     def _sum(self, vectors: Sequence[Any], traces: Sequence[Any], dtype: Any) -> Any:
         total = jnp.zeros((), dtype)
@@ -131,21 +207,3 @@ def place(v: Any, axes: Sequence[int], rank: int) -> Any:
 def _sum_dtype(dtype: Any) -> Any:
     """Sums of 16-bit floats run in float32, as in XLA's own reductions."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
-def cast(array: Any, dtype: Any) -> Any:
-    """An array in the precision of a dtype; it stays real, or complex, as it is."""
-    array, real = jnp.asarray(array), jnp.finfo(dtype).dtype
-    if not jnp.iscomplexobj(array):
-        return array.astype(real)
-    return array.astype(jnp.complex128 if real == jnp.float64 else jnp.complex64)
-
-
-def product(one: Any, other: Any) -> Any:
-    """A product of arrays of one precision, of which one may be complex."""
-    if jnp.iscomplexobj(one) != jnp.iscomplexobj(other):
-        one, other = (
-            a if jnp.iscomplexobj(a) else jax.lax.complex(a, jnp.zeros_like(a))
-            for a in (one, other)
-        )
-    return one * other

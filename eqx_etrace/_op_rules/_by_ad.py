@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .._errors import CompileError
-from ._base import OpRule, cast, product
+from ._base import OpRule
+from ._products import cast, product
 from ._use import OpUse
 
 

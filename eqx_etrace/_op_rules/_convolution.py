@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 from jaxtyping import Array, Shaped
 
-from ._base import OpRule, cast, place, product
+from ._base import OpRule, place
+from ._products import cast, product
 from ._use import OpUse
 
 
@@ -42,6 +43,9 @@ class Convolution(OpRule):
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
         return product(self.expand(df), self._patches(cast(operands[0], df.dtype)))
+
+    def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
+        return self._patches(jnp.asarray(operands[0]))
 
     def _patches(self, x: Any) -> Any:
         window = dict(self.window)

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .._jaxpr import DOT_GENERAL
-from ._base import OpRule, cast, place, product
+from ._base import OpRule, place
+from ._products import cast, product
 from ._use import OpUse
 
 
@@ -32,8 +34,12 @@ class Dense(OpRule):
     def influence(
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
-        x = cast(operands[self.x_operand], df.dtype)
-        return product(self.expand(df), place(x, self.x_axes, len(self.trace_shape)))
+        x = cast(self.derivative(operands), df.dtype)
+        return product(self.expand(df), x)
+
+    def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
+        x = jnp.asarray(operands[self.x_operand])
+        return place(x, self.x_axes, len(self.trace_shape))
 
 
 def dense(use: OpUse) -> Dense | None:

@@ -1,6 +1,7 @@
 """Any elementwise equation with a weight among its operands, broadcasting included."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .._jaxpr import CUSTOM
-from ._base import OpRule, cast, product
+from ._base import OpRule
+from ._products import cast, product
 from ._use import OpUse
 
 
@@ -40,6 +42,15 @@ class Elementwise(OpRule):
         if jnp.iscomplexobj(value):
             return cast(pull(df.astype(value.dtype))[0], df.dtype)
         return product(df, cast(pull(jnp.ones_like(value))[0], df.dtype))
+
+    def accumulate(
+        self,
+        dfs: Shaped[Array, "steps ..."],
+        operands: tuple[Any, ...],
+        stacked: Sequence[bool],
+    ) -> Shaped[Array, "..."]:
+        axes = 0, tuple(0 if moves else None for moves in stacked)
+        return jnp.sum(jax.vmap(self.influence, axes)(dfs, operands), axis=0)
 
 
 def elementwise(use: OpUse) -> Elementwise | None:

@@ -49,14 +49,16 @@ class Gather(OpRule):
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
         zero = jnp.zeros((), df.dtype)
-        df = jnp.broadcast_to(self.expand(df), self.trace_shape)
-        return jnp.where(self._picked(operands[1:]), df, zero)
+        return jnp.where(self._picked(operands[1:]), self.expand(df), zero)
+
+    def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
+        return self._picked(operands[1:]).astype(operands[0].dtype)
 
     def _picked(self, indices: tuple[Any, ...]) -> Bool[Array, "..."]:
         """Which elements of the weight are read, to broadcast against the trace."""
         rank = len(self.trace_shape)
         lead = rank - len(self.weight_shape)
-        picked = jnp.ones(self.trace_shape, bool)
+        picked = jnp.ones((1,) * rank, bool)
         for axis, column in enumerate(self.columns):
             if axis in self.paired:
                 continue

@@ -1,14 +1,17 @@
 """A weight that meets many places of one unit: one trace for all of them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
 from .._custom_types import Labels
 from ._base import OpRule
+from ._products import cast, sum_of_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,19 @@ class Merged(OpRule):
         self, df: Shaped[Array, "..."], operands: tuple[Any, ...]
     ) -> Shaped[Array, "..."]:
         return self.rule.influence(df, operands).sum(self.axes)
+
+    def accumulate(
+        self,
+        dfs: Shaped[Array, "steps ..."],
+        operands: tuple[Any, ...],
+        stacked: Sequence[bool],
+    ) -> Shaped[Array, "..."]:
+        derivative = self.rule._derivatives(operands, stacked)
+        if derivative is None:
+            return super().accumulate(dfs, operands, stacked)
+        dfs = jax.vmap(self.rule.expand)(dfs)
+        axes = (0, *(axis + 1 for axis in self.axes))
+        return sum_of_product(dfs, cast(derivative, dfs.dtype), axes)
 
 
 def merge_axes(rule: OpRule, units: Labels) -> OpRule:

@@ -3,13 +3,18 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, PyTree, Shaped
 
 from .._custom_types import Scope
 from .._relation import Relation
+
+
+if TYPE_CHECKING:
+    from ._window import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,15 @@ class RelationJacobian:
     within: Sequence[Sequence[Shaped[Array, " units"] | None]]
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
+
+
+def check_scope(scope: Any) -> None:
+    """Raise `ValueError` unless it is one of those there are."""
+    if scope not in ("local", "unit"):
+        raise ValueError(
+            f"scope: got {scope!r}, expected 'local' or 'unit'. Leave it out "
+            "for D-RTRL; 'unit' is SnAp-1."
+        )
 
 
 class LocalRule(eqx.Module):
@@ -60,8 +74,25 @@ class LocalRule(eqx.Module):
         trace: PyTree,
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
-        """The weight's gradient: the signal, spread over y per slot, times the trace.
+        """The weight's gradient: the signal, per slot a vector over units, times the
+        trace.
 
         A batch is a leading axis of both, and is summed. `signal[s]` is None where it
         is known to be zero.
         """
+
+    @abstractmethod
+    def window(
+        self, window: "Window", trace: PyTree
+    ) -> tuple[Shaped[Array, "..."] | None, PyTree]:
+        """The gradient and the trace of many steps at once, batch and all.
+
+        Equal to `update` and `gradient` step by step. `trace` is None for the zero
+        trace. The gradient is None where the window has no signal.
+        """
+
+    def trace_bytes(self, relation: Relation) -> int:
+        """Bytes of the trace of one sample."""
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: self.init(relation)))
+        sizes = (leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        return int(sum(sizes))

@@ -1,7 +1,8 @@
 """D-RTRL: an exact eligibility trace per weight entry, diagonal over units."""
 
+import collections
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,7 +12,20 @@ from jaxtyping import Array, Shaped
 from .._custom_types import Scope
 from .._op_rules import cast, product
 from .._relation import Relation
-from ._base import LocalRule, RelationJacobian
+from ._base import LocalRule, RelationJacobian, check_scope
+from ._fused import advance, through
+from ._window import Window
+
+
+class Factors(NamedTuple):
+    """The trace of a slot without a past: direct . dy/dw, and multiples of others."""
+
+    direct: Shaped[Array, "..."]
+    others: tuple[Shaped[Array, " units"], ...]
+    derivative: Shaped[Array, "..."]
+
+
+Entry: TypeAlias = Shaped[Array, "..."] | Factors
 
 
 class DRTRL(LocalRule):
@@ -63,29 +77,38 @@ class DRTRL(LocalRule):
     scope: Scope = eqx.field(static=True, default="local")
 
     def __check_init__(self) -> None:
-        if self.scope not in ("local", "unit"):
-            raise ValueError(
-                f"scope: got {self.scope!r}, expected 'local' or 'unit'. Leave it out "
-                "for D-RTRL; 'unit' is SnAp-1."
-            )
+        check_scope(self.scope)
 
-    def init(self, relation: Relation) -> tuple[Shaped[Array, "..."], ...]:
-        """Zeros in the layout of the relation, one array per slot."""
-        shape = relation.op.trace_shape
-        return tuple(jnp.zeros(shape, dtype) for dtype in relation.trace_dtypes)
+    def init(self, relation: Relation) -> tuple[Entry, ...]:
+        """Zeros in the layout of the relation, one entry per slot."""
+        return tuple(
+            self._zero(relation, slot, dtype, links)
+            for slot, dtype, links in zip(
+                relation.slots, relation.trace_dtypes, relation.links, strict=True
+            )
+        )
+
+    def _zero(self, relation: Relation, slot: int, dtype: Any, links: Any) -> Entry:
+        if links is None:
+            return jnp.zeros(relation.array_shape(slot), dtype)
+        unit = jnp.zeros(relation.map.units, dtype)
+        derivative = jnp.zeros(relation.derivative_shape or (), dtype)
+        others = tuple(unit for _ in links)
+        return Factors(jnp.zeros(relation.y_shape, dtype), others, derivative)
 
     def update(
-        self,
-        relation: Relation,
-        trace: tuple[Shaped[Array, "..."], ...],
-        jacobian: RelationJacobian,
-    ) -> tuple[Shaped[Array, "..."], ...]:
+        self, relation: Relation, trace: tuple[Entry, ...], jacobian: RelationJacobian
+    ) -> tuple[Entry, ...]:
         """One step of the recursion above, for one sample."""
-        new: dict[int, Any] = {}
-        old = dict(zip(relation.slots, trace, strict=True))
+        old, new = dict(zip(relation.slots, trace, strict=True)), {}
+        within = _Within(relation, jacobian)
         for slot, dtype in zip(relation.slots, relation.trace_dtypes, strict=True):
+            direct, factors = within.total(slot)
+            if slot in within.passing:
+                derivative = relation.op.derivative(jacobian.operands)
+                new[slot] = within.factors(slot, cast(derivative, dtype), dtype)
+                continue
             terms = []
-            direct = jacobian.direct[slot]
             if direct is not None:
                 # Where df is known to be one, XLA would simplify the influence, then
                 # compute it again inside every slot that reads this one, and copy the
@@ -95,29 +118,109 @@ class DRTRL(LocalRule):
                 # By a real weight, a complex y has a real influence on real slots.
                 real = not jnp.issubdtype(dtype, jnp.complexfloating)
                 terms.append(influence.real if real else influence.astype(dtype))
-            for row, traces in ((jacobian.transition, old), (jacobian.within, new)):
+            for row, traces in ((jacobian.transition[slot], old), (factors, new)):
                 for source, entries in traces.items():
-                    factor = row[slot][source]
+                    factor = row[source]
                     if factor is not None:
                         factor = relation.expand(cast(factor, dtype))
                         terms.append(product(factor, entries.astype(dtype)))
-            zero = jnp.zeros(relation.op.trace_shape, dtype)
-            new[slot] = sum(terms[1:], terms[0]) if terms else zero
+            shape = relation.array_shape(slot)
+            total = sum(terms[1:], terms[0]) if terms else jnp.zeros(shape, dtype)
+            new[slot] = jnp.broadcast_to(total, shape)
         return tuple(new.values())
 
     def gradient(
         self,
         relation: Relation,
-        trace: tuple[Shaped[Array, "..."], ...],
+        trace: tuple[Entry, ...],
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
         """The sum over slots, units and batch of signal . trace; None is zero."""
-        heard = [
-            (v.astype(entries.dtype), entries)
-            for slot, entries in zip(relation.slots, trace, strict=True)
-            if (v := signal[slot]) is not None
-        ]
-        if not heard:
+        signal, vectors, traces = list(signal), [], []
+        for slot, links, entry in reversed(
+            list(zip(relation.slots, relation.links, trace, strict=True))
+        ):
+            heard = signal[slot]
+            if heard is None:
+                continue
+            if links is None:
+                spread = relation.map.spread(heard)
+                vectors.append(spread.astype(entry.dtype))
+                traces.append(entry)
+                continue
+            for source, factor in zip(links, entry.others, strict=True):
+                more = heard.astype(factor.dtype) * factor
+                signal[source] = _add(signal[source], more)
+            spread = relation.map.spread(heard.astype(entry.direct.dtype))
+            vectors.append(spread * entry.direct)
+            traces.append(entry.derivative)
+        if not vectors:
             return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
-        vectors, traces = zip(*heard, strict=True)
         return relation.op.contract(vectors, traces).astype(relation.weight_dtype)
+
+    def window(
+        self, window: Window, trace: tuple[Entry, ...] | None
+    ) -> tuple[Shaped[Array, "..."] | None, tuple[Entry, ...]]:
+        """Many steps with a few large products, and the trace touched once."""
+        relation, gradient, edge = window.relation, None, None
+        if window.group.total is not None:
+            adjoint, edge = window.group.adjoint
+            gradient = window.pullback(through(window, adjoint))
+        moved, found = advance(window, trace, edge)
+        if gradient is not None and found is not None:
+            gradient = gradient + found.astype(gradient.dtype)
+        last = window.last()
+        within, new = _Within(relation, last), []
+        for slot, dtype in zip(relation.slots, relation.trace_dtypes, strict=True):
+            within.total(slot)
+            if slot in moved:
+                new.append(moved[slot])
+                continue
+            derivative = window.derivative(last.operands)
+            new.append(within.factors(slot, cast(derivative, dtype), dtype))
+        return gradient, tuple(new)
+
+
+class _Within:
+    """The paths of one step into each slot, those through passing slots resolved.
+
+    A passing slot is one whose trace is no array, see `Relation.links`.
+    """
+
+    def __init__(self, relation: Relation, jacobian: RelationJacobian):
+        self.relation, self.jacobian = relation, jacobian
+        self.passing: dict[int, tuple[Any, dict[int, Any]]] = {}
+
+    def total(self, slot: int) -> tuple[Any, Any]:
+        """df, and per slot whose trace is an array the factor of its new trace."""
+        spread = self.relation.map.spread
+        direct, factors = self.jacobian.direct[slot], {}
+        for source in self.relation.slots:
+            factor = self.jacobian.within[slot][source]
+            if factor is None:
+                continue
+            if source not in self.passing:
+                factors[source] = _add(factors.get(source), factor)
+                continue
+            passed, others = self.passing[source]
+            if passed is not None:
+                direct = _add(direct, spread(factor).astype(passed.dtype) * passed)
+            for other, value in others.items():
+                more = factor.astype(value.dtype) * value
+                factors[other] = _add(factors.get(other), more)
+        if self.relation.links[self.relation.slots.index(slot)] is not None:
+            self.passing[slot] = direct, factors
+        return direct, collections.defaultdict(lambda: None, factors)
+
+    def factors(self, slot: int, derivative: Any, dtype: Any) -> "Factors":
+        direct, others = self.passing[slot]
+        links = self.relation.links[self.relation.slots.index(slot)] or ()
+        zero = jnp.zeros(self.relation.map.units, dtype)
+        if direct is None:
+            direct = jnp.zeros(self.relation.y_shape, dtype)
+        found = (cast(others.get(link, zero), dtype) for link in links)
+        return Factors(cast(direct, dtype), tuple(found), derivative)
+
+
+def _add(total: Any, more: Any) -> Any:
+    return more if total is None else total + more.astype(total.dtype)

@@ -1,0 +1,354 @@
+"""`value_and_grad` and `grad`: sequences in windows, with memory flat in time."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._graph import ETraceGraph
+from ._inputs import Inputs, check_lanes, check_time, read_inputs
+from ._jacobian import prepare
+from ._objective import Losses, Objective, count
+from ._step import check_trace, init_trace, one_step, read_state
+from ._window import (
+    Setting,
+    at_step,
+    moving_leaves,
+    multi_step_window,
+    renew,
+    single_step_window,
+)
+
+
+Reduction = Literal["sum", "mean"]
+HORIZON = 32
+"""The window of a multi-step graph, unless another is asked for."""
+
+
+class Sequence(NamedTuple):
+    """What has time in front: the moving leaves of x, targets, mask and resets."""
+
+    xs: list[Any]
+    targets: PyTree
+    mask: Any | None
+    reset: Any | None
+
+
+class Carry(NamedTuple):
+    """What goes from window to window."""
+
+    state: list[Any]
+    trace: Any
+    gradients: list[Any]
+
+
+def value_and_grad(
+    graph: ETraceGraph,
+    loss_fn: Callable[..., Any],
+    *,
+    window: int | None = None,
+    reduction: Reduction = "sum",
+    has_aux: bool = False,
+) -> Callable[..., tuple[PyTree, PyTree, PyTree, PyTree]]:
+    r"""A function that drives a sequence and gives its losses and gradient.
+
+    It runs through the sequence once, forward in time, and its memory does not grow
+    with the length: state, trace and gradient go from one window of steps to the next.
+
+    **Arguments:**
+
+    - `graph`: what `eqx_etrace.compile` returned.
+    - `loss_fn`: `loss_fn(out, target)` for one step. `out` is what the model returns
+      (with the batch in front for a batched graph). It gives a scalar or, for a batched
+      graph, one loss per sample, (B,), whose sum counts.
+    - `window`: how many steps are taken at once. For a graph with
+      `vjp="single-step"` it changes speed and memory alone, not the gradient: with
+      `window=1` every step moves the whole trace, with more the trace is read and
+      written once a window; None picks a window whose vectors take about as much memory
+      as the trace. For `vjp="multi-step"` it is the horizon of exact credit: within a
+      window the gradient is that of backpropagation, from before it comes what the
+      trace holds; None is 32.
+    - `reduction`: `"sum"`, the gradient of the sum of the losses, or `"mean"`, that of
+      their mean; both over what the mask leaves.
+    - `has_aux`: whether `loss_fn` returns `(loss, aux)`.
+
+    **Returns:** a pure function
+    `fn(params, state, trace, xs, targets, mask=None, *, reset=None, initial=None)` that
+    returns `(losses, grads, state, trace)`:
+
+    - `params`: `graph.params(model)`; `state`: as for `compile`.
+    - `trace`: that of the steps before, or None for zeros, which costs nothing. With
+      the state and trace of a first call a second one goes on where that ended: two
+      calls on halves give the gradient of one on the whole.
+    - `xs`: the inputs, time in front: (T, ...), or (T, B, ...) for a batched graph.
+      Parts that do not change are wrapped in `eqx_etrace.SingleStepData`.
+    - `targets`: a pytree with time in front.
+    - `mask`: (T,), or (T, B) where `loss_fn` gives one loss per sample: booleans, or
+      weights of the losses. A loss at the last step only is a mask that is zero but for
+      the last.
+    - `reset`: (T,), or (T, B) for a batched graph: where true, this step begins a new
+      sequence, from the state `initial` (zeros, unless given) and an empty trace.
+    - `losses`: (T,), or (T, B), times the mask; with `has_aux` a pair of these and of
+      the `aux` of all steps.
+    - `grads`: like `params`.
+
+    **Raises:** `ValueError` that names the argument and both shapes.
+
+    !!! example
+
+        ```python
+        loss_fn = lambda out, target: jnp.sum((out - target) ** 2)
+        fun = jax.jit(eqx_etrace.value_and_grad(graph, loss_fn))
+        losses, grads, state, trace = fun(params, state, None, xs, targets)
+        ```
+    """
+    check_window(window)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(
+            f"reduction: got {reduction!r}, expected 'sum' or 'mean'. Use 'sum' for a "
+            "gradient that adds up over calls."
+        )
+    objective = Objective(loss_fn, has_aux)
+
+    def fun(
+        params: PyTree,
+        state: PyTree,
+        trace: PyTree,
+        xs: PyTree,
+        targets: PyTree,
+        mask: Any = None,
+        *,
+        reset: Any = None,
+        initial: PyTree = None,
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        inputs, rest = read(graph, objective, xs, targets, mask, reset)
+        losses, grads, state, trace = sequence(
+            graph, objective, window, params, state, trace, inputs, rest, initial
+        )
+        if reduction == "mean":
+            values = losses[0] if has_aux else losses
+            total = count(rest.mask, values.shape, values.dtype)
+            grads = jtu.tree_map(lambda g: g / total.astype(g.dtype), grads)
+        return losses, grads, state, trace
+
+    return fun
+
+
+def grad(
+    graph: ETraceGraph,
+    loss_fn: Callable[..., Any],
+    *,
+    window: int | None = None,
+    reduction: Reduction = "sum",
+    has_aux: bool = False,
+) -> Callable[..., tuple[PyTree, ...]]:
+    """`value_and_grad` without the losses.
+
+    **Arguments:** as for `eqx_etrace.value_and_grad`.
+
+    **Returns:** a function of the same arguments that returns `(grads, state, trace)`,
+    with `has_aux` `(grads, aux, state, trace)`.
+
+    !!! example
+
+        ```python
+        fun = jax.jit(eqx_etrace.grad(graph, loss_fn))
+        grads, state, trace = fun(params, state, None, xs, targets)
+        ```
+    """
+    both = value_and_grad(
+        graph, loss_fn, window=window, reduction=reduction, has_aux=has_aux
+    )
+
+    @ft.wraps(both)
+    def fun(*args: Any, **kwargs: Any) -> tuple[PyTree, ...]:
+        losses, grads, *rest = both(*args, **kwargs)
+        return (grads, losses[1], *rest) if has_aux else (grads, *rest)
+
+    return fun
+
+
+def check_window(window: Any, name: str = "window") -> None:
+    whole = isinstance(window, int) and not isinstance(window, bool)
+    if window is not None and not (whole and window >= 1):
+        raise ValueError(
+            f"{name}: got {window!r}, expected an integer of at least 1. It counts "
+            "steps."
+        )
+
+
+def read(
+    graph: ETraceGraph,
+    objective: Objective,
+    xs: PyTree,
+    targets: PyTree,
+    mask: Any,
+    reset: Any,
+) -> tuple[Inputs, Sequence]:
+    """Check what has time in front."""
+    inputs = read_inputs(graph, xs, ("targets", targets), ("mask", mask))
+    targets = check_time("targets", targets, inputs.steps)
+    loss = objective.spec(graph, targets)
+    mask = check_lanes("mask", mask, inputs.steps, graph.batch, bool(loss.shape))
+    reset = check_lanes("reset", reset, inputs.steps, graph.batch, True)
+    if reset is not None:
+        reset = reset != 0
+        if graph.batch is not None and reset.ndim == 1:
+            reset = jnp.broadcast_to(reset[:, None], (inputs.steps, graph.batch))
+    pairs = zip(inputs.leaves, inputs.moving, strict=True)
+    moving = [leaf for leaf, moves in pairs if moves]
+    return inputs, Sequence(moving, targets, mask, reset)
+
+
+def sequence(
+    graph: ETraceGraph,
+    objective: Objective,
+    window: int | None,
+    params: PyTree,
+    state: PyTree,
+    trace: PyTree,
+    inputs: Inputs,
+    rest: Sequence,
+    initial: PyTree,
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    """Losses, gradient, state and trace of a sequence that has been checked."""
+    leaves, start = read_state(graph, params, state)
+    if trace is not None:
+        check_trace(graph, trace)
+    weights, pull, prepared = jax.vjp(
+        lambda leaves: prepare(graph, leaves), leaves, has_aux=True
+    )
+    if rest.reset is not None:
+        new = jtu.tree_map(jnp.zeros_like, state) if initial is None else initial
+        initial = read_state(graph, params, new)[1]
+    setting = Setting(graph, weights, prepared, inputs.moving, initial)
+    length = window or pick_window(setting, inputs, rest)
+    result, carry = _windows(
+        setting, objective, length, Carry(start, trace, []), inputs, rest
+    )
+    (of_params,) = pull(tuple(carry.gradients))
+    losses, aux = result
+    return (
+        (losses, aux) if objective.has_aux else losses,
+        jtu.tree_unflatten(graph.param_leaves.treedef, of_params),
+        _as_state(graph, carry.state),
+        carry.trace,
+    )
+
+
+def _as_state(graph: ETraceGraph, leaves: list[Any]) -> PyTree:
+    table = graph.state_leaves
+    return jtu.tree_unflatten(table.treedef, table.join(leaves))
+
+
+def _windows(
+    setting: Setting,
+    objective: Objective,
+    length: int,
+    carry: Carry,
+    inputs: Inputs,
+    rest: Sequence,
+) -> tuple[Any, Carry]:
+    """All windows; the last one, which may be shorter, stands outside of the scan, so
+    that a trace that nobody reads is not computed."""
+    graph, steps = setting.graph, inputs.steps
+    length = min(length, steps)
+    full = (steps - 1) // length
+    run = ft.partial(_window, setting, objective, length == 1, inputs)
+    zeros = [jnp.zeros_like(weight) for weight in setting.weights]
+    if not full and length > 1:
+        result, new = run(carry, rest)
+        return result, new
+    trace = init_trace(graph) if carry.trace is None else carry.trace
+    carry = Carry(carry.state, trace, zeros)
+
+    def chunk(array: Any) -> Any:
+        shape = (full, length, *array.shape[1:])
+        return array[: full * length].reshape(shape)
+
+    def body(carry: Carry, part: Sequence) -> tuple[Carry, Any]:
+        result, new = run(carry, part)
+        total = map(jnp.add, carry.gradients, new.gradients)
+        return new._replace(gradients=list(total)), result
+
+    carry, first = jax.lax.scan(body, carry, jtu.tree_map(chunk, rest))
+    first = jtu.tree_map(lambda a: a.reshape(-1, *a.shape[2:]), first)
+    tail = jtu.tree_map(lambda array: array[full * length :], rest)
+    carry, last = body(carry, tail)
+    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, last), carry
+
+
+def _window(
+    setting: Setting,
+    objective: Objective,
+    per_step: bool,
+    inputs: Inputs,
+    carry: Carry,
+    part: Sequence,
+) -> tuple[Any, Carry]:
+    losses = Losses(setting.graph, objective, part.targets, part.mask)
+    rest = iter(part.xs)
+    pairs = zip(inputs.leaves, inputs.moving, strict=True)
+    xs = [next(rest) if moves else leaf for leaf, moves in pairs]
+    if per_step:
+        run = _one_step
+    elif setting.graph.vjp == "single-step":
+        run = single_step_window
+    else:
+        run = multi_step_window
+    result, gradients, state, trace = run(
+        setting, carry.state, carry.trace, xs, part.reset, losses
+    )
+    return result, Carry(state, trace, gradients)
+
+
+def _one_step(
+    setting: Setting, state: Any, trace: Any, xs: Any, reset: Any, losses: Losses
+) -> tuple[Any, list[Any], list[Any], Any]:
+    """A window of one step, by the derivative of `step`."""
+    graph = setting.graph
+    slices = [leaf[0] for leaf in moving_leaves(setting, xs)]
+    x = at_step(setting, xs, slices)
+    if reset is not None:
+        assert setting.initial is not None
+        state = renew(setting.initial, state, reset[0])
+        trace = renew(init_trace(graph), trace, reset[0])
+
+    def outputs(weights: Any) -> Any:
+        out, *new = one_step(graph, weights, setting.prepared, state, trace, x)
+        inexact = [o for o in out if jnp.issubdtype(o.dtype, jnp.inexact)]
+        return inexact, (out, *new)
+
+    _, pull, (out, state, trace) = jax.vjp(outputs, setting.weights, has_aux=True)
+    result, given = losses([leaf[None] for leaf in out])
+    (gradients,) = pull([leaf[0] for leaf in given])
+    return result, list(gradients), state, trace
+
+
+def renewed(
+    graph: ETraceGraph, state: PyTree, trace: PyTree, reset: Any | None, initial: PyTree
+) -> tuple[PyTree, PyTree]:
+    """State and trace, those of a new sequence where `reset` says so."""
+    if reset is None:
+        return state, trace
+    if initial is None:
+        initial = jtu.tree_map(jnp.zeros_like, state)
+    return renew(initial, state, reset), renew(init_trace(graph), trace, reset)
+
+
+def pick_window(setting: Setting, inputs: Inputs, rest: Sequence) -> int:
+    """A power of two of steps whose vectors take about the memory of the trace."""
+    graph = setting.graph
+    if graph.vjp == "multi-step":
+        return HORIZON
+    avals = [graph.program.avals[ref] for ref in graph.saved]
+    step = sum(aval.size * jnp.dtype(aval.dtype).itemsize for aval in avals)
+    trace = sum(graph.rule.trace_bytes(relation) for relation in graph.relations)
+    length = 16
+    while length < 128 and 2 * length * step <= trace:
+        length *= 2
+    return length

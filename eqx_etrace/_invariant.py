@@ -1,0 +1,173 @@
+"""Traces that are the same for all units, found in the jaxpr of the Jacobian.
+
+Where D, L and df of a slot are equal for all units of a sample, as in a linear synapse
+or a membrane whose reset is detached, the trace does not depend on the postsynaptic
+unit: it is a filtered dy/dw, a vector in place of a matrix. Whether they are equal is
+decided here, at compile time: elements get numbers, equal numbers for what is provably
+equal, and the equations that make the Jacobian are run on these numbers.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from ._canonicalise import wrapped
+from ._custom_types import Labels
+from ._errors import CompileError
+from ._flatten import flatten
+from ._graph import ETraceGraph
+from ._group import HiddenGroup
+from ._jacobian import group_jacobian, shared_env
+from ._jaxpr import Equation, Program, literal
+from ._reads import ALL, NONE, Mixing, Reads
+from ._relation import Relation
+
+
+def with_alike(graph: ETraceGraph) -> ETraceGraph:
+    """The graph whose relations know which of their traces are alike for all units."""
+    relations = list(graph.relations)
+    for number, group in enumerate(graph.groups):
+        mine = [i for i, r in enumerate(relations) if r.group == number and _gains(r)]
+        equal = _equal_entries(graph, group) if mine else None
+        for i in mine if equal is not None else ():
+            use = group.uses.index(relations[i].y)
+            found = _alike(relations[i], equal, equal.direct[use])
+            relations[i] = dataclasses.replace(relations[i], alike=found)
+    return dataclasses.replace(graph, relations=tuple(relations))
+
+
+def _gains(relation: Relation) -> bool:
+    smaller = relation.derivative_shape
+    return (
+        smaller is not None
+        and bool(relation.array_slots)
+        and np.prod(smaller) < np.prod(relation.op.trace_shape)
+        and relation.map.total
+    )
+
+
+def _alike(relation: Relation, equal: Any, direct: Sequence[Any]) -> tuple[bool, ...]:
+    """The slots all of whose entries are equal, and those of the slots they read."""
+    found = set(relation.array_slots)
+
+    def holds(slot: int) -> bool:
+        if slot in relation.reached and not direct[slot]:
+            return False
+        rows = equal.transition[slot], equal.within[slot]
+        read = [(s, row[s]) for row in rows for s in relation.slots]
+        return all(same and s in found for s, same in read if same is not None)
+
+    while True:
+        kept = {slot for slot in found if holds(slot)}
+        if kept == found:
+            return tuple(slot in kept for slot in relation.slots)
+        found = kept
+
+
+def _equal_entries(graph: ETraceGraph, group: HiddenGroup) -> Any:
+    """A `GroupJacobian` of booleans: whether all elements of an entry are equal."""
+    avals = graph.program.avals
+    refs = (graph.weights, graph.prepared, graph.saved)
+    specs = [[_spec(avals[ref]) for ref in some] for some in refs]
+    state = [_spec(spec) for spec in graph.state_leaves.parts.specs]
+    shapes: list[Any] = []
+
+    def entries(weights: Any, prepared: Any, saved: Any, state: Any) -> list[Any]:
+        env = shared_env(graph, weights, prepared)
+        env |= dict(zip(graph.saved, saved, strict=True))
+        leaves, treedef = jtu.tree_flatten(group_jacobian(graph, group, env, state))
+        shapes.append(treedef)
+        return leaves
+
+    closed = jax.make_jaxpr(entries)(*specs, state)
+    try:
+        program, values = flatten(closed, wrapped, params=0, states=0)
+    except CompileError:  # A call that the compiler cannot read: nothing is known.
+        return None
+    numbers = _Numbers(program, values).run()
+    same = [bool((numbers[ref] == numbers[ref][:1]).all()) for ref in program.outputs]
+    return jtu.tree_unflatten(shapes[0], same)
+
+
+def _spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+class _Numbers:
+    """Numbers the elements of all values of a program: equal numbers, equal elements.
+
+    Only within one value do numbers mean anything; between values they never agree
+    unless elements are moved.
+    """
+
+    def __init__(self, program: Program, values: Sequence[Any]):
+        self.program = program
+        constants = dict(zip(program.constants, values, strict=True))
+        self.reads = Reads(program, constants)
+        self.fresh: Iterator[int] = itertools.count()
+        self.numbers: dict[int, Labels] = {}
+        for ref, value in constants.items():
+            self.numbers[ref] = self.of_array(value)
+        for ref in program.inputs:
+            self.numbers[ref] = self.distinct(program.avals[ref].size)
+
+    def run(self) -> dict[int, Labels]:
+        for equation in self.program.equations:
+            for position, ref in enumerate(equation.outputs):
+                self.numbers[ref] = self.through(equation, position)
+        return self.numbers
+
+    def distinct(self, size: int) -> Labels:
+        """Numbers that differ, from each other and from all others."""
+        first = next(self.fresh)
+        self.fresh = itertools.count(first + size)
+        return np.arange(first, first + size)
+
+    def of_array(self, value: Any) -> Labels:
+        flat = np.asarray(value).reshape(-1)
+        if flat.dtype.kind not in "biufc":
+            return self.distinct(flat.size)
+        return self.renumber(np.unique(flat, return_inverse=True)[1].reshape(-1))
+
+    def renumber(self, labels: Labels) -> Labels:
+        count = int(labels.max(initial=-1)) + 1
+        return self.distinct(max(count, 1))[labels]
+
+    def operand(self, ref: Any) -> Labels:
+        if isinstance(ref, int):
+            return self.numbers[ref]
+        return self.of_array(jnp.asarray(literal(ref)))
+
+    def through(self, equation: Equation, position: int) -> Labels:
+        size = self.program.avals[equation.outputs[position]].size
+        kind = self.reads.kind(equation)
+        if kind is Mixing.MIXING or not equation.inputs:
+            return self.distinct(size)
+        read = []
+        for k, ref in enumerate(equation.inputs):
+            places = self.reads(equation, k)[position]
+            if places is ALL or places.shape[0] != 1:
+                return self.distinct(size)
+            places = places.reshape(-1)
+            found = np.where(places == NONE, NONE, self.operand(ref)[places])
+            read.append(found)
+        if kind is Mixing.STRUCTURAL:  # Each element comes from one operand.
+            return np.max(read, axis=0)
+        return self.combined(read)
+
+    def combined(self, read: Sequence[Labels]) -> Labels:
+        """One number for each combination of numbers at the same place."""
+        total = np.zeros(read[0].size, np.int64)
+        for labels in read:
+            if (labels == labels[:1]).all():
+                continue
+            _, dense = np.unique(labels, return_inverse=True)
+            total = total * (int(dense.max()) + 1) + dense.reshape(-1)
+            total = np.unique(total, return_inverse=True)[1].reshape(-1)
+        return self.renumber(total)

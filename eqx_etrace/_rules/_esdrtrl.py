@@ -1,0 +1,185 @@
+"""ES-D-RTRL: the trace as a product of a filtered dy/dw and a filtered dh/dy."""
+
+import functools as ft
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from .._custom_types import Scope
+from .._op_rules import cast, product
+from .._relation import Relation
+from ._base import LocalRule, RelationJacobian, check_scope
+from ._window import Window
+
+
+class FactorisedTrace(NamedTuple):
+    """The trace of `ESDRTRL` for one relation.
+
+    - `presynaptic`: dy/dw, filtered; for a product `W @ x` the vector x.
+    - `postsynaptic`: per slot dh/dy, filtered, of the shape of y.
+    - `weight`: 1 - decay^t after t steps, which the latter is to be divided by.
+    """
+
+    presynaptic: Shaped[Array, "..."]
+    postsynaptic: tuple[Shaped[Array, "..."], ...]
+    weight: Shaped[Array, "*batch"]
+
+
+class ESDRTRL(LocalRule):
+    r"""D-RTRL with an exponentially smoothed, factorised trace; also known as pp-prop.
+
+    The trace of a weight is the product of two vectors,
+
+    $$x^t = a_x\,x^{t-1} + \frac{\partial y^t}{\partial w},\qquad
+      f^t = a_f\,D^t f^{t-1} + L^t f^t + (1 - a_f)\,\frac{\partial h^t}{\partial y^t},$$
+
+    and the gradient of a step is $l \cdot f^t \otimes x^t / (1 - a_f^t)$: the last
+    factor makes up for the start from zero, counted in steps since then. D and L are
+    those of `DRTRL`.
+
+    **Arguments:**
+
+    - `decay`: the smoothing factor a, at least 0 and below 1; a pair
+      $(a_x, a_f)$; or an integer k of at least 1 for $a = (k - 1) / (k + 1)$. With 0
+      the gradient is that of the current step alone.
+    - `scope`: as for `DRTRL`.
+
+    Memory: batch x (inputs + outputs x slots) of each weight, as for activations. It is
+    an approximation on every model with a memory; for an elementwise weight, whose y is
+    as large, it saves nothing.
+
+    **Source:** Wang et al., *Model-agnostic linear-memory online learning in spiking
+    neural networks*, Nature Communications 17, 2026.
+
+    !!! example
+
+        ```python
+        rule = eqx_etrace.ESDRTRL(decay=0.9)
+        graph = eqx_etrace.compile(net, state, x, rule=rule)
+        ```
+    """
+
+    decay: float | int | tuple[float, float] = eqx.field(static=True)
+    scope: Scope = eqx.field(static=True, default="local")
+
+    def __check_init__(self) -> None:
+        check_scope(self.scope)
+        if isinstance(self.decay, int) and not isinstance(self.decay, bool):
+            legal = self.decay == 0 or self.decay >= 1
+        else:
+            pair = self.decay if isinstance(self.decay, tuple) else (self.decay,) * 2
+            legal = len(pair) == 2 and all(
+                isinstance(a, float | int) and not isinstance(a, bool) and 0 <= a < 1
+                for a in pair
+            )
+        if not legal:
+            raise ValueError(
+                f"decay: got {self.decay!r}, expected a number of at least 0 and below "
+                "1, a pair of them, or an integer rank of at least 1. Try 0.9."
+            )
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        """(a_x, a_f)."""
+        if isinstance(self.decay, tuple):
+            return float(self.decay[0]), float(self.decay[1])
+        if isinstance(self.decay, int) and self.decay:
+            return ((self.decay - 1) / (self.decay + 1),) * 2
+        return float(self.decay), float(self.decay)
+
+    def init(self, relation: Relation) -> FactorisedTrace:
+        """Zeros: one presynaptic array, and one of the shape of y per slot."""
+        shape = relation.derivative_shape or relation.op.trace_shape
+        dtype = self._dtype(relation, relation.trace_dtypes[0])
+        slots = (self._dtype(relation, d) for d in relation.trace_dtypes)
+        post = tuple(jnp.zeros(relation.y_shape, d) for d in slots)
+        weight = jnp.zeros((), jnp.finfo(dtype).dtype)
+        return FactorisedTrace(jnp.zeros(shape, dtype), post, weight)
+
+    def _dtype(self, relation: Relation, dtype: Any) -> Any:
+        real = not jnp.issubdtype(relation.y_dtype, jnp.complexfloating)
+        return cast(jnp.zeros((), dtype if real else relation.y_dtype), dtype).dtype
+
+    def update(
+        self, relation: Relation, trace: FactorisedTrace, jacobian: RelationJacobian
+    ) -> FactorisedTrace:
+        """One step of both filters, for one sample."""
+        a_x, a_f = self.decays
+        pre = trace.presynaptic
+        found = cast(relation.derivative(jacobian.operands), pre.dtype)
+        old = dict(zip(relation.slots, trace.postsynaptic, strict=True))
+        new: dict[int, Any] = {}
+        spread = relation.map.spread
+        for slot, entry in old.items():
+            total = jnp.zeros_like(entry)
+            direct = jacobian.direct[slot]
+            if direct is not None:
+                total = total + (1 - a_f) * cast(direct, entry.dtype)
+            for row, rest, scale in (
+                (jacobian.transition[slot], old, a_f),
+                (jacobian.within[slot], new, 1.0),
+            ):
+                for source, other in rest.items():
+                    if row[source] is not None:
+                        factor = scale * spread(cast(row[source], entry.dtype))
+                        total = total + product(factor, other.astype(entry.dtype))
+            new[slot] = total
+        weight = a_f * trace.weight + (1 - a_f)
+        return FactorisedTrace(a_x * pre + found, tuple(new.values()), weight)
+
+    def gradient(
+        self,
+        relation: Relation,
+        trace: FactorisedTrace,
+        signal: Sequence[Shaped[Array, "..."] | None],
+    ) -> Shaped[Array, "..."]:
+        """The sum over slots, units and batch of signal . post . pre."""
+        total = None
+        for slot, entry in zip(relation.slots, trace.postsynaptic, strict=True):
+            heard = signal[slot]
+            if heard is not None:
+                more = product(relation.map.spread(cast(heard, entry.dtype)), entry)
+                total = more if total is None else total + more
+        if total is None:
+            return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
+        some = trace.weight > 0
+        weight = jnp.where(some, trace.weight, 1).astype(trace.weight.dtype)
+        weight = weight.reshape(weight.shape + (1,) * len(relation.y_shape))
+        total = total / weight.astype(total.dtype)
+        found = relation.op.contract([total], [trace.presynaptic])
+        if not jnp.issubdtype(relation.weight_dtype, jnp.complexfloating):
+            found = found.real
+        return found.astype(relation.weight_dtype)
+
+    def window(
+        self, window: Window, trace: FactorisedTrace | None
+    ) -> tuple[Shaped[Array, "..."] | None, FactorisedTrace]:
+        """The filters step by step, then one product over time and batch."""
+        relation = window.relation
+        zero = window.per_sample_of(self.init(relation))
+        trace = zero if trace is None else trace
+
+        def advance(trace: Any, step: Any) -> tuple[Any, Any]:
+            jacobian, reset = step
+            if reset is not None:
+                trace = jax.tree.map(ft.partial(_renew, reset), zero, trace)
+            trace = window.per_sample(
+                lambda trace, parts: self.update(relation, trace, window.step(parts)), 0
+            )(trace, jacobian)
+            return trace, trace
+
+        new, every = jax.lax.scan(advance, trace, (window.parts, window.reset))
+        if window.group.total is None:
+            return None, new
+        signal = jax.tree.map(window.merged, window.group.signal)
+        every = jax.tree.map(window.merged, every)
+        return self.gradient(relation, every, signal), new
+
+
+def _renew(where: Any, new: Any, old: Any) -> Any:
+    mask = where.reshape(where.shape + (1,) * (old.ndim - where.ndim))
+    return jnp.where(mask, new, old)

@@ -1,0 +1,215 @@
+"""`steps` and `evolve`: a window with an exact gradient inside, or with none."""
+
+import functools as ft
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._graph import ETraceGraph
+from ._inputs import Inputs, read_inputs
+from ._jacobian import prepare
+from ._stage import Frozen
+from ._step import check_trace, init_trace, instantiate, merge_graph, read_state
+from ._window import (
+    Setting,
+    add_gradients,
+    at_edge,
+    credit,
+    forward,
+    forward_from,
+)
+
+
+def steps(
+    graph: ETraceGraph, params: PyTree, state: PyTree, trace: PyTree, xs: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """A window of steps, exact inside and with the trace at its start; a pure function.
+
+    Differentiated with respect to `params` (and `xs`) the gradient is that of
+    backpropagation through the window, plus dL/dh at its start times the trace: what
+    truncated backpropagation leaves out, as far as the learning rule keeps it. This
+    holds for every graph, whatever its `vjp`.
+
+    **Arguments:**
+
+    - `graph`, `params`, `state`, `trace`: as for `eqx_etrace.step`.
+    - `xs`: the inputs of all steps, time in front: (K, ...), or (K, B, ...) for a
+      batched graph. Parts that do not change are wrapped in
+      `eqx_etrace.SingleStepData`.
+
+    **Returns:** `(outs, state, trace)`: the outputs of all steps, time in front, and the
+    state and trace after the last. The cotangents of `state` and `trace` are zero by
+    definition.
+
+    **Raises:** `ValueError` that names the first leaf that does not fit.
+
+    !!! example
+
+        ```python
+        def loss(params):
+            outs, new_state, new_trace = eqx_etrace.steps(
+                graph, params, state, trace, xs
+            )
+            return jnp.sum((outs - targets) ** 2), (new_state, new_trace)
+
+        grads, (state, trace) = jax.grad(loss, has_aux=True)(params)
+        ```
+    """
+    inputs = read_inputs(graph, xs)
+    leaves, start = read_state(graph, params, state)
+    check_trace(graph, trace)
+    weights, prepared = prepare(graph, leaves)
+    arrays, static = eqx.partition(graph, eqx.is_array)
+    core: Any = _core  # pyright cannot see through the decorator
+    outs, new, trace = core(
+        (Frozen.of(static), inputs.moving),
+        arrays,
+        weights,
+        tuple(prepared),
+        start,
+        trace,
+        inputs.leaves,
+    )
+    return _outputs(graph, outs), _state(graph, new), trace
+
+
+def evolve(
+    graph: ETraceGraph, params: PyTree, state: PyTree, trace: PyTree, xs: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Many steps forward, the trace carried along, and no gradient.
+
+    For the part of a sequence that is not learnt from: a warm-up, a delay. Memory for
+    the derivatives does not grow with the number of steps.
+
+    **Arguments:** as for `eqx_etrace.steps`; `trace` may be None for zeros.
+
+    **Returns:** `(outs, state, trace)` as `eqx_etrace.steps` does. Their derivatives
+    are zero.
+
+    **Raises:** `ValueError` that names the first leaf that does not fit.
+
+    !!! example
+
+        ```python
+        _, state, trace = eqx_etrace.evolve(graph, params, state, None, warm_up)
+        ```
+    """
+    inputs = read_inputs(graph, xs)
+    leaves, start = read_state(graph, params, state)
+    if trace is None:
+        trace = init_trace(graph)
+    check_trace(graph, trace)
+    given = leaves, start, trace, inputs.leaves
+    leaves, start, trace, xs_leaves = jax.lax.stop_gradient(given)
+    weights, prepared = prepare(graph, leaves)
+    setting = Setting(graph, weights, prepared, inputs.moving)
+    inputs = Inputs(xs_leaves, inputs.moving, inputs.steps)
+    outs, new, trace = _evolve(setting, start, trace, inputs)
+    return _outputs(graph, outs), _state(graph, new), trace
+
+
+_WINDOW = 32
+
+
+def _evolve(setting: Setting, state: Any, trace: Any, inputs: Inputs) -> Any:
+    length = min(_WINDOW, inputs.steps)
+    full = (inputs.steps - 1) // length
+    pairs = list(zip(inputs.leaves, inputs.moving, strict=True))
+    moving = [leaf for leaf, moves in pairs if moves]
+
+    def body(carry: Any, slices: Any) -> Any:
+        rest = iter(slices)
+        xs = [next(rest) if moves else leaf for leaf, moves in pairs]
+        ran = forward(setting, carry[0], xs, None, setting.graph.saved)
+        _, trace = credit(setting, ran, carry[1], None, None)
+        return (ran.state, trace), ran.outs
+
+    def chunk(array: Any) -> Any:
+        return array[: full * length].reshape(full, length, *array.shape[1:])
+
+    carry, first = jax.lax.scan(body, (state, trace), jtu.tree_map(chunk, moving))
+    carry, last = body(carry, [array[full * length :] for array in moving])
+    first = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in first]
+    outs = [jnp.concatenate(pair) for pair in zip(first, last, strict=True)]
+    return outs, *carry
+
+
+def _outputs(graph: ETraceGraph, leaves: Any) -> PyTree:
+    return jtu.tree_unflatten(graph.out_leaves.treedef, leaves)
+
+
+def _state(graph: ETraceGraph, leaves: Any) -> PyTree:
+    table = graph.state_leaves
+    return jtu.tree_unflatten(table.treedef, table.join(leaves))
+
+
+def _inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core(
+    static: tuple[Frozen, tuple[bool, ...]],
+    arrays: Any,
+    weights: Any,
+    prepared: Any,
+    state: Any,
+    trace: Any,
+    xs: Any,
+) -> tuple[Any, Any, Any]:
+    graph = merge_graph(static[0], arrays)
+    setting = Setting(graph, weights, prepared, static[1])
+    ran = forward(setting, state, xs, None, graph.saved)
+    return ran.outs, ran.state, credit(setting, ran, trace, None, None)[1]
+
+
+def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
+    perturbed = jtu.tree_map(lambda leaf: leaf.perturbed, primals[-1])
+    values = jtu.tree_map(lambda leaf: leaf.value, primals)
+    arrays, weights, prepared, state, trace, xs = values
+    graph = merge_graph(static[0], arrays)
+    setting = Setting(graph, weights, prepared, static[1])
+    moved = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(xs[i]))
+
+    def full(weights: Any, hidden: Any, changed: Any) -> Any:
+        inputs = list(xs)
+        for i, leaf in zip(moved, changed, strict=True):
+            inputs[i] = leaf
+        ran = forward_from(setting, weights, state, hidden, inputs, None)
+        return [leaf for leaf in (*ran.state, *ran.outs) if _inexact(leaf)], ran
+
+    hidden = [state[i] for i in graph.hidden.leaves]
+    changed = [xs[i] for i in moved]
+    _, pull, ran = jax.vjp(full, weights, hidden, changed, has_aux=True)
+    new = credit(setting, ran, trace, None, None)[1]
+    kept = arrays, pull, trace, dict.fromkeys(moved)
+    return (ran.outs, ran.state, new), kept
+
+
+def _core_bwd(static: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    arrays, pull, trace, moved = residuals
+    graph = merge_graph(static[0], arrays)
+    of_outs, of_state, _ = cotangents
+    given = [
+        instantiate(cotangent)
+        for cotangent, spec in zip(
+            (*of_state, *of_outs),
+            (*graph.state_leaves.parts.specs, *graph.out_leaves.specs),
+            strict=True,
+        )
+        if _inexact(spec)
+    ]
+    of_weights, edge, of_moved = pull(given)
+    gradients = at_edge(graph, trace, edge)
+    of_x: list[Any] = [None] * graph.x_leaves.count
+    for i, cotangent in zip(moved, of_moved, strict=True):
+        of_x[i] = cotangent
+    total = tuple(add_gradients(graph, of_weights, gradients))
+    return None, total, None, None, None, of_x
+
+
+_core.defvjp(_core_fwd, _core_bwd, symbolic_zeros=True)
