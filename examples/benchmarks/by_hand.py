@@ -5,9 +5,9 @@ products y = W x. `Derivatives` has dh'/dh of the same unit and dh'/dy, the path
 the recurrent product left out, as D-RTRL leaves it out. All take arrays of any leading
 axes: one step of a batch, or a whole window of them.
 
-A linear synapse, g' = 0.9 g + y, has the same trace for all units: its input filtered by
-0.9, a vector. A `folded` cell has no slot g but reads that filtered input in place of x.
-A tanh cell forgets its own past, and folded it has no trace at all.
+A linear synapse, g' = 0.9 g + y, has the same trace for all units: its input filtered
+by 0.9, a vector. A `folded` cell has no slot g but reads that filtered input in place
+of x. A tanh cell forgets its own past, and folded it has no trace at all.
 
 Weights that share an input are one block, the bias a column of it.
 """

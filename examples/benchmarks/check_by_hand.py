@@ -1,9 +1,10 @@
-"""Checks every rule written by hand against BPTT, in float64: `python check_by_hand.py`.
+"""Checks every rule written by hand against BPTT, in float64.
 
-D-RTRL must have the gradient of a twin whose credit is cut where it enters the recurrent
-product, and another one than the network itself. ES-D-RTRL must have it for a sequence
-of one step, and without memory that of BPTT truncated to one step. The multi-step rules
-are exact on the twin for any window, and on the network where it holds the sequence.
+D-RTRL must have the gradient of a twin whose credit is cut where it enters the
+recurrent product, and another one than the network itself. ES-D-RTRL must have that of
+a sequence of one step, and without memory that of BPTT truncated to one step. The
+multi-step rules are exact on the twin for any window, and on the network where one
+window holds the sequence. Run it: `python check_by_hand.py`.
 """
 
 import jax

@@ -1,7 +1,8 @@
 """A window whose own gradient is exact, with a trace for what came before it.
 
-Reverse mode through each window of K steps, as truncated BPTT(K) has it, and in addition
-the gradient at the window's first state times the trace there, of D-RTRL or ES-D-RTRL.
+Reverse mode through each window of K steps, as truncated BPTT(K) has it, and in
+addition the gradient at the window's first state times the trace there, of D-RTRL or
+ES-D-RTRL.
 """
 
 import dataclasses
@@ -27,9 +28,8 @@ def drtrl_before(hand, derivatives, signal, trace, into, blocks):
     for name, old in trace["x"].items():  # The trace of a folded synapse.
         total = traces.weight_product(blocks[name], into["g"], old)
         blocks = blocks | {name: total}
-    eps, blocks = advance_over_window(
-        hand, uses, psi_0, psi, trace["eps"], into, blocks
-    )
+    eps = trace["eps"]
+    eps, blocks = advance_over_window(hand, uses, psi_0, psi, eps, into, blocks)
     return {"eps": eps, "x": filtered}, blocks
 
 
@@ -47,7 +47,7 @@ def multi_step(before, hand, net, state, trace, xs, ys, *, window):
         fun = jax.value_and_grad(losses_of, argnums=(0, 1), has_aux=True)
         (loss, last), (new, into) = fun(net, state, *xy)
         _, derivatives, _, signal = observe_window(hand, net, state, *xy)
-        into = dict(zip(hand.slots, into if isinstance(into, tuple) else (into,)))
+        into = dict(zip(hand.slots, jax.tree.leaves(into), strict=True))
         trace, blocks = before(hand, derivatives, signal, trace, into, blocks)
         return last, trace, total + loss, jax.tree.map(jnp.add, grads, new), blocks
 

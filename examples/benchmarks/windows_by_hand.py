@@ -110,23 +110,15 @@ def sweep(decay, signal, traced):
         decay = fixed | moving
         credit = {s: back[s] + signal[s] if s in signal else back[s] for s in slots}
 
-        def sum_or_zero(terms):
+        def from_right(row, slot):
+            terms = [
+                row[s] * d for (s, r), d in decay.items() if r == slot and s in row
+            ]
             return traces.total_of(terms) if terms else zero
 
-        back = {
-            r: sum_or_zero([credit[s] * d for (s, q), d in decay.items() if q == r])
-            for r in slots
-        }
-        earlier = {
-            (s, r): sum_or_zero(
-                [
-                    psi[s, p] * d
-                    for (p, q), d in decay.items()
-                    if q == r and (s, p) in psi
-                ]
-            )
-            for s, r in psi
-        }
+        back = {slot: from_right(credit, slot) for slot in slots}
+        rows = {s: {r: psi[p, r] for p, r in psi if p == s} for s in traced}
+        earlier = {(s, r): from_right(rows[s], r) for s, r in psi}
         return (back, earlier), (credit, psi)
 
     start = dict.fromkeys(slots, zero), psi
@@ -171,11 +163,9 @@ def drtrl_window(hand, net, carry, xy):
         {k: driven(tile(credit, len(blocks[k])), use.drive) for k, use in uses.items()},
         {k: use.x for k, use in uses.items()},
     )
-    eps, blocks = advance_over_window(
-        hand, uses, psi_0, psi, trace["eps"], back, blocks
-    )
-    trace = {"eps": eps, "x": filtered}
-    return state, trace, jax.tree.map(jnp.add, seen, new), blocks
+    eps = trace["eps"]
+    eps, blocks = advance_over_window(hand, uses, psi_0, psi, eps, back, blocks)
+    return state, {"eps": eps, "x": filtered}, jax.tree.map(jnp.add, seen, new), blocks
 
 
 def drtrl_windows(hand, net, state, trace, xs, ys, *, window):
