@@ -114,9 +114,12 @@ def plot(tables, file):
             for axis, key in zip(axes[:, column], ("cosine", "to_bptt"), strict=True):
                 if rows:
                     windows = [row["window"] for row in rows]
-                    axis.plot(windows, [row[key] for row in rows], ".-", label=name)
+                    style = ".--" if name.startswith("by hand") else ".-"
+                    axis.plot(windows, [row[key] for row in rows], style, label=name)
         axes[0, column].set(title=load, xscale="log", ylim=(None, 1))
         axes[1, column].set(xlabel="window K", ylim=(0, None))
+        axes[1, column].set_xticks(WINDOWS, list(map(str, WINDOWS)))
+        axes[1, column].minorticks_off()
     axes[0, 0].set_ylabel("cosine with BPTT")
     axes[1, 0].set_ylabel("time, BPTT = 1")
     axes[0, 0].legend(fontsize="small")
