@@ -154,7 +154,7 @@ def check_lanes(
     """A mask (steps,), or where it may be (steps, batch); None stays."""
     if mask is None:
         return None
-    shapes = [(steps,)]
+    shapes: list[tuple[int, ...]] = [(steps,)]
     if per_sample and batch is not None:
         shapes.append((steps, batch))
     if not is_array_like(mask) or jnp.shape(mask) not in shapes:

@@ -9,6 +9,7 @@ equal, and the equations that make the Jacobian are run on these numbers.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def with_alike(graph: ETraceGraph) -> ETraceGraph:
     for number, group in enumerate(graph.groups):
         mine = [i for i, r in enumerate(relations) if r.group == number and _gains(r)]
         equal = _equal_entries(graph, group) if mine else None
-        for i in mine if equal is not None else ():
+        if equal is None:
+            continue
+        for i in mine:
             use = group.uses.index(relations[i].y)
             found = _alike(relations[i], equal, equal.direct[use])
             relations[i] = dataclasses.replace(relations[i], alike=found)
@@ -47,7 +50,7 @@ def _gains(relation: Relation) -> bool:
     return (
         smaller is not None
         and bool(relation.array_slots)
-        and np.prod(smaller) < np.prod(relation.op.trace_shape)
+        and math.prod(smaller) < math.prod(relation.op.trace_shape)
         and relation.map.total
     )
 

@@ -226,6 +226,13 @@ def relation_jacobian(
     return reduced(relation, graph.groups[relation.group], jacobian, operands)
 
 
+def moving_operands(graph: ETraceGraph, relation: Relation) -> tuple[bool, ...]:
+    """Per operand of a use, whether it is data of the step, with the batch in front."""
+    saved = set(graph.saved)
+    inputs = relation.equation.inputs
+    return tuple(isinstance(ref, int) and ref in saved for ref in inputs)
+
+
 def reduced(
     relation: Relation,
     group: HiddenGroup,
@@ -237,7 +244,8 @@ def reduced(
     Where a trace is alike for all units, one entry stands for all of them.
     """
     direct = list(jacobian.direct[group.uses.index(relation.y)])
-    transition, within = list(jacobian.transition), list(jacobian.within)
+    transition: list[Any] = list(jacobian.transition)
+    within: list[Any] = list(jacobian.within)
     for slot in range(group.slots):
         if slot not in relation.reached:
             direct[slot] = None

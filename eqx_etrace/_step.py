@@ -23,6 +23,7 @@ from ._group import HiddenGroup
 from ._jacobian import (
     GroupJacobian,
     jacobians,
+    moving_operands,
     prepare,
     relation_jacobian,
     run,
@@ -200,24 +201,24 @@ def _advance(
     saved: Any,
 ) -> tuple[Any, tuple[GroupJacobian, ...]]:
     """The new trace, and the Jacobians it was made with."""
+    shared = shared_env(graph, weights, prepared)
 
-    def one(weights: Any, prepared: Any, state: Any, trace: Any, saved: Any):
-        shared = shared_env(graph, weights, prepared)
-        found = jacobians(graph, shared, state, saved)
-        env = shared | dict(zip(graph.saved, saved, strict=True))
-        new = tuple(
-            graph.rule.update(
-                relation,
-                trace[number],
-                relation_jacobian(graph, relation, found[relation.group], env),
-            )
-            for number, relation in enumerate(graph.relations)
+    def one(state: Any, saved: Any) -> Any:
+        return jacobians(graph, shared, state, saved)
+
+    found = _per_sample(graph, one, (0, 0))(state, saved)
+    env = shared | dict(zip(graph.saved, saved, strict=True))
+    new = tuple(
+        graph.rule.update_all(
+            relation,
+            trace[number],
+            relation_jacobian(graph, relation, found[relation.group], env),
+            moving_operands(graph, relation),
+            graph.batch,
         )
-        return new, found
-
-    return _per_sample(graph, one, (None, None, 0, 0, 0))(
-        weights, prepared, state, trace, saved
+        for number, relation in enumerate(graph.relations)
     )
+    return new, found
 
 
 def _credit(

@@ -41,9 +41,9 @@ def steps(
       batched graph. Parts that do not change are wrapped in
       `eqx_etrace.SingleStepData`.
 
-    **Returns:** `(outs, state, trace)`: the outputs of all steps, time in front, and the
-    state and trace after the last. The cotangents of `state` and `trace` are zero by
-    definition.
+    **Returns:** `(outs, state, trace)`: the outputs of all steps, time in front, and
+    the state and trace after the last. The cotangents of `state` and `trace` are zero
+    by definition.
 
     **Raises:** `ValueError` that names the first leaf that does not fit.
 

@@ -20,6 +20,7 @@ from ._graph import ETraceGraph
 from ._jacobian import (
     GroupJacobian,
     group_jacobian,
+    moving_operands,
     reduced,
     run,
     shared_env,
@@ -186,19 +187,18 @@ def credit(
     """
     graph, env = setting.graph, setting.env | ran.kept
     groups = [
-        _group_window(graph, number, jacobian, totals, reset)
+        _group_window(graph, number, jacobian, len(ran.old[0]), totals, reset)
         for number, jacobian in enumerate(window_jacobians(setting, ran))
     ]
     gradients, traces = [], []
     for number, relation in enumerate(graph.relations):
         group, jacobian = groups[relation.group]
-        inputs = relation.equation.inputs
-        operands = tuple(value_of(env, ref) for ref in inputs)
+        operands = tuple(value_of(env, ref) for ref in relation.equation.inputs)
         window = Window(
             relation,
             group,
             reduced(relation, group.group, jacobian, operands),
-            tuple(isinstance(ref, int) and ref in ran.kept for ref in inputs),
+            moving_operands(graph, relation),
             graph.batch,
             reset,
         )
@@ -213,6 +213,7 @@ def _group_window(
     graph: ETraceGraph,
     number: int,
     jacobian: GroupJacobian,
+    steps: int,
     totals: Sequence[Any] | None,
     reset: Any | None,
 ) -> tuple[GroupWindow, GroupJacobian]:
@@ -231,6 +232,7 @@ def _group_window(
         totals,
         alive,
         graph.batch,
+        steps,
         sorted(rows),
     )
     transition = tuple(map(tuple, window.transition))

@@ -155,7 +155,8 @@ class OpRule(abc.ABC):
         full = [pair for pair in pairs if pair[1].shape[batched:] == self.trace_shape]
         total = jnp.zeros((), dtype)
         if full:
-            total = self._contract_full(*zip(*full, strict=True), dtype)
+            heard, entries = zip(*full, strict=True)
+            total = self._contract_full(heard, entries, dtype)
         expand = jax.vmap(self.expand) if batched else self.expand
         axes = tuple(axis + batched for axis in self.summed)
         for v, trace in pairs:
@@ -180,8 +181,8 @@ class OpRule(abc.ABC):
             zero = jnp.zeros(self.weight_shape, dtype)
             return jax.lax.scan(add, zero, samples)[0]
 
-        def at_once(*samples: Any) -> Any:
-            return self._all(*samples, dtype)
+        def at_once(vectors: Any, traces: Any) -> Any:
+            return self._all(vectors, traces, dtype)
 
         # XLA's CPU backend takes 2 to 5 times as long for any reduction or product
         # over the leading axis; a GPU would run the loop as one small kernel a sample.

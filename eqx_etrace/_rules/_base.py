@@ -67,6 +67,26 @@ class LocalRule(eqx.Module):
     ) -> PyTree:
         """The trace after one more step of one sample."""
 
+    def update_all(
+        self,
+        relation: Relation,
+        trace: PyTree,
+        jacobian: RelationJacobian,
+        stacked: Sequence[bool],
+        batch: int | None,
+    ) -> PyTree:
+        """`update` of all samples, the batch in front of trace and Jacobian, and of
+        the operands that are `stacked`."""
+
+        def one(trace: Any, entries: Any, operands: Any) -> PyTree:
+            return self.update(relation, trace, RelationJacobian(*entries, operands))
+
+        entries = jacobian.transition, jacobian.within, jacobian.direct
+        if batch is not None:
+            axes = tuple(0 if moves else None for moves in stacked)
+            one = jax.vmap(one, in_axes=(0, 0, axes))
+        return one(trace, entries, jacobian.operands)
+
     @abstractmethod
     def gradient(
         self,

@@ -1,6 +1,8 @@
 """D-RTRL: an exact eligibility trace per weight entry, diagonal over units."""
 
 import collections
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +16,7 @@ from .._op_rules import cast, product
 from .._relation import Relation
 from ._base import LocalRule, RelationJacobian, check_scope
 from ._fused import advance, through
+from ._in_place import at, over_samples
 from ._window import Window
 
 
@@ -25,7 +28,8 @@ class Factors(NamedTuple):
     derivative: Shaped[Array, "..."]
 
 
-Entry: TypeAlias = Shaped[Array, "..."] | Factors
+Entry: TypeAlias = Any
+"""An array, or the `Factors` of one."""
 
 
 class DRTRL(LocalRule):
@@ -129,6 +133,58 @@ class DRTRL(LocalRule):
             new[slot] = jnp.broadcast_to(total, shape)
         return tuple(new.values())
 
+    def update_all(
+        self,
+        relation: Relation,
+        trace: tuple[Entry, ...],
+        jacobian: RelationJacobian,
+        stacked: Sequence[bool],
+        batch: int | None,
+    ) -> tuple[Entry, ...]:
+        """As above. Where large traces act on each other, one sample at a time."""
+        at_once = functools.partial(super().update_all, relation)
+        large = [
+            slot
+            for slot, links in zip(relation.slots, relation.links, strict=True)
+            if links is None and relation.array_shape(slot) == relation.trace_shape
+        ]
+        if batch is None or len(large) < 2 or not _is_large(relation):
+            return at_once(trace, jacobian, stacked, batch)
+        entries = jacobian.transition, jacobian.within, jacobian.direct
+
+        def in_place(trace: Any, entries: Any, operands: Any) -> tuple[Entry, ...]:
+            old = dict(zip(relation.slots, trace, strict=True))
+            rest = {slot: entry for slot, entry in old.items() if slot not in large}
+
+            def one(b: Any, mine: Any) -> tuple[None, Any]:
+                small, parts = jax.tree.map(lambda a: at(a, b), (rest, entries))
+                pairs = zip(operands, stacked, strict=True)
+                args = tuple(at(a, b) if moves else a for a, moves in pairs)
+                now = small | mine
+                moved = self.update(
+                    relation,
+                    tuple(now[slot] for slot in relation.slots),
+                    RelationJacobian(*parts, args),
+                )
+                found = dict(zip(relation.slots, moved, strict=True))
+                return None, {slot: found[slot] for slot in large}
+
+            traces = {slot: old[slot] for slot in large}
+            done, _ = over_samples(batch, traces, None, one)
+            others = at_once(
+                trace, RelationJacobian(*entries, operands), stacked, batch
+            )
+            found = dict(zip(relation.slots, others, strict=True)) | done
+            return tuple(found.values())
+
+        def together(trace: Any, entries: Any, operands: Any) -> tuple[Entry, ...]:
+            whole = RelationJacobian(*entries, operands)
+            return at_once(trace, whole, stacked, batch)
+
+        return jax.lax.platform_dependent(
+            trace, entries, jacobian.operands, cpu=in_place, default=together
+        )
+
     def gradient(
         self,
         relation: Relation,
@@ -165,7 +221,9 @@ class DRTRL(LocalRule):
         relation, gradient, edge = window.relation, None, None
         if window.group.total is not None:
             adjoint, edge = window.group.adjoint
-            gradient = window.pullback(through(window, adjoint))
+            q = through(window, adjoint)
+            assert q is not None  # Else the relation would have no slot.
+            gradient = window.pullback(q)
         moved, found = advance(window, trace, edge)
         if gradient is not None and found is not None:
             gradient = gradient + found.astype(gradient.dtype)
@@ -179,6 +237,10 @@ class DRTRL(LocalRule):
             derivative = window.derivative(last.operands)
             new.append(within.factors(slot, cast(derivative, dtype), dtype))
         return gradient, tuple(new)
+
+
+def _is_large(relation: Relation) -> bool:
+    return math.prod(relation.trace_shape) > 1 << 14
 
 
 class _Within:

@@ -87,9 +87,10 @@ class ESDRTRL(LocalRule):
         """(a_x, a_f)."""
         if isinstance(self.decay, tuple):
             return float(self.decay[0]), float(self.decay[1])
-        if isinstance(self.decay, int) and self.decay:
-            return ((self.decay - 1) / (self.decay + 1),) * 2
-        return float(self.decay), float(self.decay)
+        decay = self.decay
+        if isinstance(decay, int) and decay:
+            decay = (decay - 1) / (decay + 1)
+        return float(decay), float(decay)
 
     def init(self, relation: Relation) -> FactorisedTrace:
         """Zeros: one presynaptic array, and one of the shape of y per slot."""

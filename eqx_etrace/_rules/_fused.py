@@ -7,7 +7,7 @@ With the factors of `GroupWindow`, a trace after K steps is
 a sum over time that is one product of matrices per sample.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,8 @@ import jax.numpy as jnp
 
 from .._op_rules import cast, product
 from .._relation import Relation
+from ._in_place import Arrays, at, over_samples
 from ._window import Window
-
-
-Arrays = dict[int, Any]
-"""By slot."""
 
 
 def advance(
@@ -160,25 +157,20 @@ def _one_by_one(
     rest = {s: e for s, e in old.items() if s not in large}
     others = rest, heard, start, steps, operands
 
-    def body(b: Any, carry: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
-        traces, total = carry
-        mine: Mapping[int, Any] = {s: _at(traces[s], b) for s in large}
-        small, v, *factors = jax.tree.map(lambda a: _at(a, b), others)
-        place = b
-        if total is not None:
-            pairs = [(v[s], mine[s]) for s in v]
-            total = total + relation.op.contract(*zip(*pairs, strict=True))
-            total, place = _after(total, b)
-        moved = all_moved(small | mine, *factors)
-        traces = {s: _put(traces[s], moved[s], place) for s in large}
-        return traces, total
+    def one(b: Any, mine: Arrays) -> tuple[Any | None, Arrays]:
+        small, v, *factors = jax.tree.map(lambda a: at(a, b), others)
+        found = None
+        if v:
+            found = relation.op.contract(list(v.values()), [mine[s] for s in v])
+        return found, all_moved(small | mine, *factors)
 
     total = None
     if heard:
         sample = jax.tree.map(lambda a: a[0], (heard, old))
-        total = jnp.zeros_like(_contracted(relation, *sample))
-    carry = {s: old[s] for s in large}, total
-    traces, total = jax.lax.fori_loop(0, window.batch, body, carry)
+        found: Any = _contracted(relation, *sample)
+        total = jnp.zeros_like(found)
+    traces = {s: old[s] for s in large}
+    traces, total = over_samples(window.batch or 1, traces, total, one)
     moved = window.per_sample(
         lambda *args: {s: e for s, e in all_moved(*args).items() if s not in large}, 0
     )(old, start, steps, operands)
@@ -186,20 +178,3 @@ def _one_by_one(
         found = _contracted(relation, quiet, old)
         total = found if total is None else total + found
     return moved | traces, total
-
-
-def _at(array: Any, b: Any) -> Any:
-    return jax.lax.dynamic_index_in_dim(array, b, keepdims=False)
-
-
-def _put(array: Any, value: Any, b: Any) -> Any:
-    value = value.astype(array.dtype)
-    return jax.lax.dynamic_update_index_in_dim(array, value, b, 0)
-
-
-def _after(total: Any, b: Any) -> tuple[Any, Any]:
-    """The index b, in a form that depends on `total`: XLA would copy a whole array that
-    is read and written in no order that it can see."""
-    total = jax.lax.optimization_barrier(total)
-    never = (total.reshape(-1)[0].real > jnp.inf).astype(jnp.int32)
-    return total, b + never

@@ -43,10 +43,11 @@ class GroupWindow:
         total: Sequence[Shaped[Array, "..."]] | None,
         alive: Bool[Array, "..."] | None,
         batch: int | None,
+        steps: int,
         rows: Sequence[int],
     ):
         self.group, self.within, self.total = group, within, total
-        self.batch, self.rows = batch, rows
+        self.batch, self.steps, self.rows = batch, steps, rows
         if alive is not None:  # What a lane forgets at a reset, it forgets altogether.
             transition = [
                 [None if d is None else jnp.where(alive[..., None], d, 0) for d in row]
@@ -107,9 +108,8 @@ class GroupWindow:
             ]
             return kept, factors
 
-        # The number of steps, where no entry tells it.
         steps = self.transition, self.within
-        first, factors = jax.lax.scan(back, one, steps, reverse=True)
+        first, factors = jax.lax.scan(back, one, steps, length=self.steps, reverse=True)
         return factors, first
 
     def _like(self) -> list[Any]:
@@ -216,9 +216,8 @@ class Window:
     def last(self) -> RelationJacobian:
         """The Jacobian of the last step, the batch in front."""
         found = self.jacobian
-        transition, within, direct = jax.tree.map(
-            lambda a: a[-1], (found.transition, found.within, found.direct)
-        )
+        entries: Any = (found.transition, found.within, found.direct)
+        transition, within, direct = jax.tree.map(lambda a: a[-1], entries)
         pairs = zip(found.operands, self.stacked, strict=True)
         operands = tuple(a[-1] if stacked else a for a, stacked in pairs)
         return RelationJacobian(transition, within, direct, operands)
@@ -243,8 +242,8 @@ class Window:
 
     def step(self, parts: tuple[Any, ...]) -> RelationJacobian:
         """The Jacobian of one step and sample from these."""
-        *entries, moving = parts
-        return RelationJacobian(*entries, self.operands(moving))
+        transition, within, direct, moving = parts
+        return RelationJacobian(transition, within, direct, self.operands(moving))
 
     def pullback(self, q: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """The sum over time, batch and y of q . dy/dw."""
