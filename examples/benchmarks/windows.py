@@ -1,13 +1,14 @@
 """Microseconds per time step and memory of online learning over windows, next to BPTT.
 
 Four networks, float32, a batch of samples. All methods of a network run in one process,
-one after the other in every round, so that a busy machine disturbs them alike: read the
-ratios. `methods.py` has the methods; `--help` the options.
+one after the other in every round, so that a busy machine disturbs them alike: read
+the ratios. `methods.py` has the methods; `--help` the options.
 """
 
 import argparse
 import fnmatch
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -79,20 +80,25 @@ def build(names, job, peer_job):
 
 
 def measure(runners, rounds, patience):
-    """Seconds of every call, in rounds over all methods, each round from the next of
-    them on. One that has used up the patience sits out the rounds that remain, but not
-    before it ran three times: a busy machine may hold up one call for long."""
+    """Seconds of every call, in rounds over all methods, each in another order.
+
+    A method of less than a second runs once more before it is timed, so that it does
+    not pay for what the one before left in caches and pages. One that has used up the
+    patience sits out the rounds that remain, but not before it ran three times: a busy
+    machine may hold up one call for long.
+    """
     seconds = {name: [] for name in runners}
-    names = list(runners)
-    for first in range(rounds):
-        for i in range(len(names)):
-            name = names[(first + i) % len(names)]
-            calls = len(seconds[name])
-            if calls >= 3 and calls * min(seconds[name]) > patience:
+    for round_ in range(rounds):
+        for name in random.Random(round_).sample(list(runners), len(runners)):
+            each = seconds[name]
+            best = min(each, default=0.0)
+            if len(each) >= 3 and len(each) * best > patience:
                 continue
+            if best < 1.0:
+                jax.block_until_ready(runners[name].run())
             start = time.perf_counter()
             jax.block_until_ready(runners[name].run())
-            seconds[name].append(time.perf_counter() - start)
+            each.append(time.perf_counter() - start)
     return seconds
 
 
