@@ -52,8 +52,9 @@ def test_two_halves_are_the_whole_with_a_horizon():
 
 def _stepped(graph, params, state, trace, xs):
     def body(carry, x):
-        out, *carry = etrace.step(graph, params, *carry, x)
-        return tuple(carry), out
+        state, trace = carry
+        out, *moved = etrace.step(graph, params, state, trace, x)
+        return tuple(moved), out
 
     carry, outs = jax.lax.scan(body, (state, trace), xs)
     return outs, *carry
