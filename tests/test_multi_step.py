@@ -1,6 +1,7 @@
 """Windows of a multi-step graph: exact inside, and by the trace at their start."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ BOTH = [*MULTI, "lif"]
 
 
 @functools.cache
-def _setting(name, vjp="multi-step"):
+def _setting(name, vjp: Any = "multi-step"):
     model, state, xs, ts = problem(name)
     graph = etrace.compile(model, state, xs[0], vjp=vjp)
     assert graph.vjp == vjp
@@ -39,7 +40,7 @@ def _theory(name, *lengths):
 
     def loss(p, h, leaves, xs, ts):
         def body(carry, now):
-            out, *carry = step(p, *carry, now[0])
+            out, *carry = step(p, carry[0], carry[1], now[0])
             return tuple(carry), squares(out, now[1])
 
         return jnp.sum(jax.lax.scan(body, (h, leaves), (xs, ts))[1])

@@ -101,7 +101,7 @@ CELLS = {
         [MATRIX],
     ),
     "a gate for each unit": (
-        _decaying(lambda p, x, h: jax.nn.sigmoid(jnp.resize(x, N))),
+        _decaying(lambda p, x, h: jax.nn.sigmoid(jnp.resize(x, (N,)))),
         [MATRIX],
     ),
     "a gate of the unit's state": ((_of_state, jnp.ones(N)), [MATRIX]),

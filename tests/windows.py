@@ -49,7 +49,7 @@ def by_steps(
             carry = where(fresh, (start, etrace.init_trace(graph)), carry)
 
         def at_step(params):
-            out, *new = etrace.step(graph, params, *carry, x)
+            out, *new = etrace.step(graph, params, carry[0], carry[1], x)
             losses = loss_fn(out, t)
             losses = losses if weight is None else losses * weight
             return jnp.sum(losses), (losses, tuple(new))
@@ -95,7 +95,7 @@ def differ(a, b, by=1e-3) -> bool:
     """Whether some leaf of two gradients is another one altogether."""
     pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     gaps = [np.linalg.norm(x - y) / (np.linalg.norm(y) + 1e-300) for x, y in pairs]
-    return max(gaps) > by
+    return bool(max(gaps) > by)
 
 
 # The models of the tables, compiled.
