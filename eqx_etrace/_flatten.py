@@ -30,6 +30,7 @@ from ._jaxpr import (
     Program,
     Ref,
     evaluate,
+    index_positions,
     live,
     open_jaxpr,
     to_aval,
@@ -197,6 +198,17 @@ def flatten(
     return _finish(builder, inputs, builder.splice(closed, inputs), states)
 
 
+def flatten_unfolded(closed: Any, convert: Convert) -> tuple[Program, list[Any]]:
+    """Flatten a closed jaxpr to read it, not to run it: what depends on nothing stays
+    an equation, since to evaluate it takes longer than all else. The values of indices
+    are found all the same."""
+    builder = Builder(convert)
+    inner, _ = open_jaxpr(closed)
+    inputs = tuple(builder.new(to_aval(var.aval), Origin.DATA) for var in inner.invars)
+    results = builder.splice(closed, inputs)
+    return _finish(builder, inputs, results, 0, _indices)
+
+
 def flatten_body(
     closed: Any,
     origins: Sequence[Origin],
@@ -254,8 +266,30 @@ def _through_parts(value: Any) -> list[Any]:
     return [real, imag, jax.lax.complex(real, imag)]
 
 
+def _indices(
+    equations: list[Equation], origins: tuple[Origin, ...], known: dict[int, Any]
+) -> tuple[list[Equation], dict[int, Any]]:
+    """Keep all equations; the values of constants that are read, and of indices."""
+    read = {ref for equation in equations for ref in equation.values}
+    found = {ref: value for ref, value in known.items() if ref in read}
+    wanted = {
+        equation.inputs[k]
+        for equation in equations
+        for k in index_positions(equation)
+        if isinstance(equation.inputs[k], int)
+    }
+    missing = [
+        ref for ref in sorted(wanted - found.keys()) if origins[ref] is Origin.CONSTANT
+    ]
+    return equations, found | _evaluated(equations, origins, found, missing)
+
+
 def _finish(
-    builder: Builder, inputs: tuple[int, ...], results: Sequence[Ref], states: int
+    builder: Builder,
+    inputs: tuple[int, ...],
+    results: Sequence[Ref],
+    states: int,
+    fold: Callable[..., tuple[list[Equation], dict[int, Any]]] | None = None,
 ) -> tuple[Program, list[Any]]:
     outputs: list[int] = []
     for position, ref in enumerate(results):
@@ -265,7 +299,7 @@ def _finish(
         outputs.append(ref)
     origins = tuple(builder.origins)
     equations = live(builder.equations, outputs)
-    equations, known = _fold(equations, origins, builder.constants)
+    equations, known = (fold or _fold)(equations, origins, builder.constants)
     program = Program(
         avals=tuple(builder.avals),
         origins=origins,
@@ -284,21 +318,32 @@ def _fold(
     equations: list[Equation], origins: tuple[Origin, ...], known: dict[int, Any]
 ) -> tuple[list[Equation], dict[int, Any]]:
     """Evaluate what depends on nothing; keep the constants that are still read."""
-
-    def constant(equation: Equation) -> bool:
-        fixed = all(origins[ref] is Origin.CONSTANT for ref in equation.outputs)
-        return fixed and bool(equation.outputs) and not equation.effectful
-
-    rest = [equation for equation in equations if not constant(equation)]
+    rest = [equation for equation in equations if not _constant(equation, origins)]
     wanted = {ref for equation in rest for ref in equation.values}
     wanted = [ref for ref in sorted(wanted) if origins[ref] is Origin.CONSTANT]
     missing = [ref for ref in wanted if ref not in known]
-    if missing:
-        needed = live((eqn for eqn in equations if constant(eqn)), missing)
-        with jax.ensure_compile_time_eval():
-            values = jax.jit(lambda env: _pick(evaluate(needed, env), missing))(known)
-        known = known | dict(zip(missing, values, strict=True))
+    known = known | _evaluated(equations, origins, known, missing)
     return rest, {ref: known[ref] for ref in wanted}
+
+
+def _constant(equation: Equation, origins: tuple[Origin, ...]) -> bool:
+    fixed = all(origins[ref] is Origin.CONSTANT for ref in equation.outputs)
+    return fixed and bool(equation.outputs) and not equation.effectful
+
+
+def _evaluated(
+    equations: list[Equation],
+    origins: tuple[Origin, ...],
+    known: dict[int, Any],
+    missing: list[int],
+) -> dict[int, Any]:
+    """The values of these constants."""
+    if not missing:
+        return {}
+    needed = live((e for e in equations if _constant(e, origins)), missing)
+    with jax.ensure_compile_time_eval():
+        values = jax.jit(lambda env: _pick(evaluate(needed, env), missing))(known)
+    return dict(zip(missing, values, strict=True))
 
 
 def _pick(env: Mapping[int, Any], refs: Iterable[int]) -> list[Any]:

@@ -22,7 +22,7 @@ from ._canonicalise import wrapped
 from ._custom_types import Labels
 from ._errors import CompileError
 from ._facts import Flags, GroupFacts
-from ._flatten import flatten
+from ._flatten import flatten_unfolded
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._jacobian import group_jacobian, shared_env
@@ -99,7 +99,7 @@ def _facts(graph: ETraceGraph, group: HiddenGroup) -> GroupFacts:
 
     data = (*graph.saved, *hidden.old)
     try:
-        program, values = flatten(closed, wrapped, params=0, states=0)
+        program, values = flatten_unfolded(closed, wrapped)
     except CompileError:  # A call that the compiler cannot read: nothing is known.
         no = flags([False] * shapes[0].num_leaves)
         return GroupFacts(no, no, data)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, Shaped
 from ._canonicalise import wrapped
 from ._custom_types import Labels
 from ._errors import CompileError
-from ._flatten import flatten
+from ._flatten import flatten_unfolded
 from ._group import HiddenGroup
 from ._jaxpr import Equation, Origin, Program, aval_of, bind
 from ._locality import Edge, Locality
@@ -166,6 +166,15 @@ class Relation(eqx.Module):
         args[self.operand] = w
         return bind(self.equation, args)[self.equation.outputs.index(self.y)]
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Per entry of `slots`, how its trace is smaller than others, for a reader."""
+        pairs = zip(self.links, self.alike, strict=True)
+        return tuple(
+            " (of this step alone)" if links is not None else " (a vector)" * alike
+            for links, alike in pairs
+        )
+
     def derivative(self, operands: tuple[Any, ...]) -> Shaped[Array, "..."]:
         """dy/dw, shaped to broadcast against the trace, however large."""
         found = self.op.derivative(operands)
@@ -266,7 +275,7 @@ def _reads(program: Program, use: Use, op: OpRule) -> tuple[bool, ...]:
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in specs]
     closed = jax.make_jaxpr(lambda df, *args: op.influence(df, args))(*shapes)
     try:
-        found, _ = flatten(closed, wrapped, params=0, states=0)
+        found, _ = flatten_unfolded(closed, wrapped)
     except CompileError:  # A call that the compiler cannot read: perhaps on all.
         return (True,) * len(use.equation.inputs)
     read = {ref for equation in found.equations for ref in equation.values}

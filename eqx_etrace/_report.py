@@ -57,7 +57,8 @@ def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
     for relation in graph.relations:
         if path in relation.weight:
             leaves = graph.groups[relation.group].leaves
-            slots = ", ".join(leaves[slot] for slot in relation.slots)
+            named = zip(relation.slots, relation.forms, strict=True)
+            slots = ", ".join(leaves[slot] + form for slot, form in named)
             key = (relation.op.name, str(relation.group), f"trace on {slots}")
             count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
             bytes_[key] = bytes_.get(key, 0) + count

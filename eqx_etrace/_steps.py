@@ -121,8 +121,8 @@ def _evolve(setting: Setting, state: Any, trace: Any, inputs: Inputs) -> Any:
         xs = [next(rest) if moves else leaf for leaf, moves in pairs]
         count = len(slices[0]) if slices else length
         now = dataclasses.replace(setting, steps=count)
-        outs, *carry = _move(now, *carry, xs)
-        return tuple(carry), outs
+        outs, state, trace = _move(now, carry[0], carry[1], xs)
+        return (state, trace), outs
 
     def window(carry: Any, number: Any) -> Any:
         return body(carry, window_of(moving, number, length))
@@ -181,7 +181,7 @@ def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
         for i, leaf in zip(moved, changed, strict=True):
             inputs[i] = leaf
         ran = forward_from(setting, weights, state, hidden, inputs, None)
-        return [leaf for leaf in (*ran.state, *ran.outs) if _inexact(leaf)], ran
+        return [leaf for leaf in (*ran.state, *(ran.outs or ())) if _inexact(leaf)], ran
 
     hidden = [state[i] for i in graph.hidden.leaves]
     changed = [xs[i] for i in moved]

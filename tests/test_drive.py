@@ -25,7 +25,7 @@ def _run(graph, args, loss_fn=squares, options=(), **keywords):
 # From call to call.
 
 
-@pytest.mark.parametrize("rule", [etrace.DRTRL(), etrace.ESDRTRL(decay=0.8)])
+@pytest.mark.parametrize("rule", [etrace.DRTRL(), etrace.ESDRTRL(0.8)])
 @pytest.mark.parametrize("window", [1, 4])
 def test_two_halves_are_the_whole(window, rule):
     graph, params, state, xs, ts = chain(2, 12, rule=rule)
@@ -52,15 +52,16 @@ def test_two_halves_are_the_whole_with_a_horizon():
 
 def _stepped(graph, params, state, trace, xs):
     def body(carry, x):
-        out, *carry = etrace.step(graph, params, carry[0], carry[1], x)
-        return tuple(carry), out
+        state, trace = carry
+        out, *moved = etrace.step(graph, params, state, trace, x)
+        return tuple(moved), out
 
     carry, outs = jax.lax.scan(body, (state, trace), xs)
     return outs, *carry
 
 
 @pytest.mark.parametrize("batch", [None, B])
-@pytest.mark.parametrize("rule", [etrace.DRTRL(), etrace.ESDRTRL(decay=(0.5, 0.9))])
+@pytest.mark.parametrize("rule", [etrace.DRTRL(), etrace.ESDRTRL((0.5, 0.9))])
 @pytest.mark.parametrize("steps", [1, 40])
 def test_evolve_equals_stepping(steps, rule, batch):
     graph, params, state, xs, _ = chain(2, steps, batch, rule)

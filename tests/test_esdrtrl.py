@@ -109,7 +109,7 @@ def _problem(name, rule):
 @pytest.mark.parametrize("decay", [0.8, (0.7, 0.9), (0.9, 0.0), (0.0, 0.9), 5])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_is_that_of_the_formula(name, decay):
-    rule = etrace.ESDRTRL(decay=decay)
+    rule = etrace.ESDRTRL(decay)
     graph, args, plain = _problem(name, rule)
     got = quick_jit(lambda *args: online(graph, *args))(*args)
     expected = _formula(name, *plain, *rule.decays)
@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_the_formula(name, decay):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_without_decay_there_is_no_memory(name):
-    graph, args, _ = _problem(name, etrace.ESDRTRL(decay=0.0))
+    graph, args, _ = _problem(name, etrace.ESDRTRL(0.0))
     params, state, xs, ts = args
 
     def of_the_step(params):
@@ -132,14 +132,14 @@ def test_without_decay_there_is_no_memory(name):
     run = quick_jit(etrace.value_and_grad(graph, squares))
     got = run(params, state, None, xs, ts)[1]
     assert_same_gradient(got, quick_jit(jax.grad(of_the_step))(params))
-    other, *_ = _problem(name, etrace.ESDRTRL(decay=0.8))
+    other, *_ = _problem(name, etrace.ESDRTRL(0.8))
     run = quick_jit(etrace.value_and_grad(other, squares))
     assert differ(got, run(params, state, None, xs, ts)[1])
 
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_the_correction_counts_the_steps_of_evolve(window):
-    graph, params, state, xs, ts = chain(2, 9, 3, etrace.ESDRTRL(decay=0.9))
+    graph, params, state, xs, ts = chain(2, 9, 3, etrace.ESDRTRL(0.9))
     run = quick_jit(etrace.value_and_grad(graph, squares, window=window))
     mask = (jnp.arange(9) >= 5).astype(float)
     losses, *expected = run(params, state, None, xs, ts, mask)
@@ -153,7 +153,7 @@ def test_the_correction_counts_the_steps_of_evolve(window):
 @pytest.mark.parametrize("batch", [None, 3])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_trace_is_as_large_as_activations(slots, batch):
-    graph, *_ = chain(slots, 1, batch, etrace.ESDRTRL(decay=0.9))
+    graph, *_ = chain(slots, 1, batch, etrace.ESDRTRL(0.9))
     lead = () if batch is None else (batch,)
     # Of the two products; a gain has a trace as large as itself.
     products = zip(graph.relations[:2], etrace.init_trace(graph)[:2], strict=True)

@@ -40,8 +40,9 @@ def _theory(name, *lengths):
 
     def loss(p, h, leaves, xs, ts):
         def body(carry, now):
-            out, *carry = step(p, carry[0], carry[1], now[0])
-            return tuple(carry), squares(out, now[1])
+            h, leaves = carry
+            out, *moved = step(p, h, leaves, now[0])
+            return tuple(moved), squares(out, now[1])
 
         return jnp.sum(jax.lax.scan(body, (h, leaves), (xs, ts))[1])
 

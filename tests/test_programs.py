@@ -1,7 +1,6 @@
 """What the compiled programs of sequences need: memory, and compilations."""
 
 import re
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -38,12 +37,18 @@ def _problem(units, inputs, steps):
     return graph, args, sum(leaf.nbytes for leaf in jax.tree.leaves(trace))
 
 
-def _compiled(fun, *args) -> Any:
+def _compiled(fun, *args):
     return jax.jit(fun).lower(*args).compile()
 
 
-def _temp(compiled):
-    return compiled.memory_analysis().temp_size_in_bytes
+def _temp_of(compiled):
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def _temp(fun, *args):
+    return _temp_of(_compiled(fun, *args))
 
 
 def _has_shape(compiled, *shape):
@@ -69,7 +74,7 @@ def test_a_trace_that_nobody_reads_is_not_computed(mask):
     for width in (inputs, units):
         assert _has_shape(whole, B, units, width)
         assert not _has_shape(less, B, units, width)
-    assert _temp(less) < 0.5 * size
+    assert _temp_of(less) < 0.5 * size
 
 
 def test_memory_does_not_grow_with_time():
@@ -78,7 +83,7 @@ def test_memory_does_not_grow_with_time():
     for steps in (100, 1604):
         graph, args, _ = _problem(32, 24, steps)
         drive = etrace.value_and_grad(graph, squares, window=32)
-        found.append(_temp(_compiled(lambda *a, drive=drive: drive(*a)[1:], *args)))
+        found.append(_temp(lambda *a, drive=drive: drive(*a)[1:], *args))
     assert abs(found[1] - found[0]) <= 0.05 * found[0]
 
 
@@ -86,7 +91,7 @@ def test_memory_of_a_window_is_that_of_the_trace():
     """Where the trace is large: the one that goes in, and the one that comes out."""
     graph, args, size = _problem(512, 512, 65)
     drive = etrace.value_and_grad(graph, squares, window=32)
-    assert _temp(_compiled(drive, *args)) <= 2.2 * size
+    assert _temp(drive, *args) <= 2.2 * size
 
 
 def test_a_longer_sequence_is_the_same_program():

@@ -265,7 +265,7 @@ DECAYS = [1.0, -0.1, 1.5, -1, (0.5, 1.0), (-0.1, 0.5), float("nan")]
 def test_a_decay_outside_of_its_range(decay):
     found = "decay: got .*, expected a number of at least 0 and below 1, a pair of them"
     with pytest.raises(ValueError, match=found):
-        etrace.ESDRTRL(decay=decay)
+        etrace.ESDRTRL(decay)
 
 
 @pytest.mark.parametrize(
@@ -274,4 +274,4 @@ def test_a_decay_outside_of_its_range(decay):
      (0.8, (0.8, 0.8)), ((0.7, 0.9), (0.7, 0.9))],
 )  # fmt: skip
 def test_what_a_decay_stands_for(decay, pair):
-    assert etrace.ESDRTRL(decay=decay).decays == pair
+    assert etrace.ESDRTRL(decay).decays == pair

@@ -23,8 +23,8 @@ import eqx_etrace as etrace
 RULES = {
     "drtrl": etrace.DRTRL(),
     "unit": etrace.DRTRL(scope="unit"),
-    "es": etrace.ESDRTRL(decay=0.8),
-    "es pair": etrace.ESDRTRL(decay=(0.7, 0.9)),
+    "es": etrace.ESDRTRL(0.8),
+    "es pair": etrace.ESDRTRL((0.7, 0.9)),
 }
 # An op rule each, or a kind of state, or a form of the trace.
 KINDS = [

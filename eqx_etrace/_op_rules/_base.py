@@ -17,6 +17,7 @@ matrices, and a rule may filter dy/dw alone.
 
 import abc
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -149,7 +150,7 @@ class OpRule(abc.ABC):
         Traces with one more axis in front carry a batch, and so do the vectors: the
         sum then runs over the batch as well. A trace may have size one along axes of y.
         """
-        dtype = _sum_dtype(traces[0].dtype)
+        dtype = _sum_dtype([*vectors, *traces])
         batched = traces[0].ndim > len(self.trace_shape)
         pairs = list(zip(vectors, traces, strict=True))
         full = [pair for pair in pairs if pair[1].shape[batched:] == self.trace_shape]
@@ -205,6 +206,7 @@ def place(v: Any, axes: Sequence[int], rank: int) -> Any:
     return jnp.expand_dims(v, [axis for axis in range(rank) if axis not in axes])
 
 
-def _sum_dtype(dtype: Any) -> Any:
+def _sum_dtype(arrays: Sequence[Any]) -> Any:
     """Sums of 16-bit floats run in float32, as in XLA's own reductions."""
+    dtype = ft.reduce(jnp.promote_types, [array.dtype for array in arrays])
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

@@ -38,6 +38,12 @@ class RelationJacobian:
     operands: tuple[Any, ...]
 
 
+def with_operands(entries: Any, operands: tuple[Any, ...]) -> RelationJacobian:
+    """A Jacobian from its (transition, within, direct) and the operands."""
+    transition, within, direct = entries
+    return RelationJacobian(transition, within, direct, operands)
+
+
 def check_scope(scope: Any) -> None:
     """Raise `ValueError` unless it is one of those there are."""
     if scope not in ("local", "unit"):
@@ -79,7 +85,7 @@ class LocalRule(eqx.Module):
         the operands that are `stacked`."""
 
         def one(trace: Any, entries: Any, operands: Any) -> PyTree:
-            return self.update(relation, trace, RelationJacobian(*entries, operands))
+            return self.update(relation, trace, with_operands(entries, operands))
 
         entries = jacobian.transition, jacobian.within, jacobian.direct
         if batch is not None:

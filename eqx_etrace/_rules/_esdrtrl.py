@@ -64,7 +64,12 @@ class ESDRTRL(LocalRule):
     """
 
     decay: float | int | tuple[float, float] = eqx.field(static=True)
-    scope: Scope = eqx.field(static=True, default="local")
+    scope: Scope = eqx.field(static=True)
+
+    def __init__(
+        self, decay: float | int | tuple[float, float], scope: Scope = "local"
+    ):
+        self.decay, self.scope = decay, scope
 
     def __check_init__(self) -> None:
         check_scope(self.scope)

@@ -109,13 +109,14 @@ def _run(
 ) -> tuple[Arrays, Any | None]:
     relation, sample = window.relation, _Sample(window)
     spread = relation.map.spread
-    vectors = {s: spread(v.astype(old[s].dtype)) for s, v in heard.items()}
+    vectors = {s: spread(v) for s, v in heard.items()}
 
     def all_moved(old: Any, start: Any, steps: Any, operands: Any) -> Arrays:
-        return {
+        found = {
             slot: sample.moved(slot, old, start.get(slot, {}), df, operands)
             for slot, df in steps.items()
         }
+        return {s: e.astype(old[s].dtype) if s in old else e for s, e in found.items()}
 
     def at_once(old: Any, vectors: Any, start: Any, steps: Any, operands: Any) -> Any:
         moved = window.per_sample(all_moved, 0)(old, start, steps, operands)
