@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from handwritten import relative_error
 from methods import BPTT, METHODS, Job, Unavailable, truth_of
 from workloads import WORKLOADS, init_data, init_net
@@ -223,6 +222,7 @@ def main():
         )
     show(tables)
     facts = {"jax": jax.__version__, "backend": jax.default_backend(), **size}
+    write(args.json, {**facts, "table": tables})
     if args.plot:
         options = {
             "plot_steps": [20, 40, 80] if args.quick else PLOT_STEPS,
@@ -230,13 +230,14 @@ def main():
             "patience": args.patience,
         }
         lengths = measure_lengths(names, loads, size, options)
+        write(args.json, {**facts, "table": tables, "lengths": lengths})
         plot(lengths, args.plot)
-        facts["lengths"] = lengths
-    if args.json:
-        args.json.write_text(json.dumps({**facts, "table": tables}, indent=2))
+
+
+def write(file, facts):
+    if file:
+        file.write_text(json.dumps(facts, indent=2))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", False)
-    assert jnp.zeros(()).dtype == jnp.float32
     main()
