@@ -43,7 +43,8 @@ def local_reads(graph: ETraceGraph) -> list[int]:
     data = {*graph.saved, *graph.program.inputs[graph.param_leaves.count :]}
     for relation in graph.relations:
         operands = zip(relation.equation.inputs, relation.reads, strict=True)
-        reads.update(ref for ref, read in operands if read and ref in data)
+        known = (ref for ref, read in operands if read and isinstance(ref, int))
+        reads.update(data.intersection(known))
     return sorted(reads)
 
 

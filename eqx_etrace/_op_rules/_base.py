@@ -17,7 +17,6 @@ matrices, and a rule may filter dy/dw alone.
 
 import abc
 import dataclasses
-import functools as ft
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -208,5 +207,6 @@ def place(v: Any, axes: Sequence[int], rank: int) -> Any:
 
 def _sum_dtype(arrays: Sequence[Any]) -> Any:
     """Sums of 16-bit floats run in float32, as in XLA's own reductions."""
-    dtype = ft.reduce(jnp.promote_types, [array.dtype for array in arrays])
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(array.dtype for array in arrays))
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
