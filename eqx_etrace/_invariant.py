@@ -26,7 +26,7 @@ from ._flatten import flatten_unfolded
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._jacobian import group_jacobian, shared_env
-from ._jaxpr import Equation, Program, literal, live
+from ._jaxpr import REDUCTIONS, Equation, Program, literal, live
 from ._reads import ALL, NONE, Mixing, Reads
 from ._relation import Relation
 
@@ -175,7 +175,9 @@ class _Numbers:
     def through(self, equation: Equation, position: int) -> Labels:
         size = self.program.avals[equation.outputs[position]].size
         kind = self.reads.kind(equation)
-        if kind is Mixing.MIXING or not equation.inputs:
+        # Of a single element, a reduction is that element; see below.
+        mixes = kind is Mixing.MIXING and equation.primitive not in REDUCTIONS
+        if mixes or not equation.inputs:
             return self.distinct(size)
         read = []
         for k, ref in enumerate(equation.inputs):
