@@ -390,7 +390,7 @@ def test_wrong_batch_sizes_get_a_sentence():
         etrace.step(graph, params, state, trace, xs)
     other = etrace.init_trace(etrace.compile(net, state, xs[0]))
     with pytest.raises(
-        ValueError, match=r"trace\[0\] of w_in.weight: got float64\[6, 4"
+        ValueError, match=r"trace\[0\] of w_in.weight: got float64\[1, 4"
     ):
         etrace.step(graph, params, states, other, xs)
 

@@ -144,6 +144,16 @@ class ESDRTRL(LocalRule):
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
         """The sum over slots, units and batch of signal . post . pre."""
+        heard = self._heard(relation, trace, signal)
+        return self._product(relation, heard, trace.presynaptic)
+
+    def _heard(
+        self,
+        relation: Relation,
+        trace: FactorisedTrace,
+        signal: Sequence[Shaped[Array, "..."] | None],
+    ) -> Shaped[Array, "..."] | None:
+        """signal . post, of the shape of y, made up for the start."""
         total = None
         for slot, entry in zip(relation.slots, trace.postsynaptic, strict=True):
             heard = signal[slot]
@@ -151,12 +161,19 @@ class ESDRTRL(LocalRule):
                 more = product(relation.map.spread(cast(heard, entry.dtype)), entry)
                 total = more if total is None else total + more
         if total is None:
-            return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
+            return None
         some = trace.weight > 0
         weight = jnp.where(some, trace.weight, 1).astype(trace.weight.dtype)
         weight = weight.reshape(weight.shape + (1,) * len(relation.y_shape))
-        total = total / weight.astype(total.dtype)
-        found = relation.op.contract([total], [trace.presynaptic])
+        return total / weight.astype(total.dtype)
+
+    def _product(
+        self, relation: Relation, heard: Any | None, presynaptic: Any
+    ) -> Shaped[Array, "..."]:
+        """The sum over the axes in front of heard . pre."""
+        if heard is None:
+            return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
+        found = relation.op.contract([heard], [presynaptic])
         if not jnp.issubdtype(relation.weight_dtype, jnp.complexfloating):
             found = found.real
         return found.astype(relation.weight_dtype)
@@ -165,25 +182,28 @@ class ESDRTRL(LocalRule):
         self, window: Window, trace: FactorisedTrace | None
     ) -> tuple[Shaped[Array, "..."] | None, FactorisedTrace]:
         """The filters step by step, then one product over time and batch."""
-        relation = window.relation
+        relation, silent = window.relation, window.group.total is None
         zero = window.per_sample_of(self.init(relation))
         trace = zero if trace is None else trace
 
         def advance(trace: Any, step: Any) -> tuple[Any, Any]:
-            jacobian, reset = step
+            jacobian, reset, signal = step
             if reset is not None:
                 trace = jax.tree.map(ft.partial(_renew, reset), zero, trace)
             trace = window.per_sample(
                 lambda trace, parts: self.update(relation, trace, window.step(parts)), 0
             )(trace, jacobian)
-            return trace, trace
+            if signal is None:
+                return trace, None
+            heard = self._heard(relation, trace, signal)
+            return trace, (heard, trace.presynaptic)
 
-        new, every = jax.lax.scan(advance, trace, (window.parts, window.reset))
-        if window.group.total is None:
+        signal = None if silent else window.group.signal
+        steps = window.parts, window.reset, signal
+        new, found = jax.lax.scan(advance, trace, steps)
+        if found is None:
             return None, new
-        signal = jax.tree.map(window.merged, window.group.signal)
-        every = jax.tree.map(window.merged, every)
-        return self.gradient(relation, every, signal), new
+        return self._product(relation, *jax.tree.map(window.merged, found)), new
 
 
 def _renew(where: Any, new: Any, old: Any) -> Any:
