@@ -24,8 +24,10 @@ class GroupFacts:
     - `fixed`: the entry does not depend on the data of the step.
     - `reads`: the values of the step, old hidden leaves among them, that the entries
       that are not fixed depend on.
+    - `drives`: per use of the group, the first use with the very same df.
     """
 
     alike: Flags
     fixed: Flags
     reads: tuple[int, ...]
+    drives: tuple[int, ...]

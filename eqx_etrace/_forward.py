@@ -15,7 +15,14 @@ from jaxtyping import PyTree
 
 from ._graph import ETraceGraph
 from ._jacobian import run, shared_env
-from ._jaxpr import Equation, evaluate, is_elementwise, is_structural, literal
+from ._jaxpr import (
+    Equation,
+    evaluate,
+    is_elementwise,
+    is_structural,
+    literal,
+    live,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,11 @@ def _found(
 def _is_cheap(equation: Equation, avals: Any) -> bool:
     if equation.effectful or equation.primitive in _COSTLY:
         return False
+    return _is_light(equation, avals)
+
+
+def _is_light(equation: Equation, avals: Any) -> bool:
+    """Whether elements are moved or computed one by one."""
 
     def known(ref: Any) -> Any:
         return None if isinstance(ref, int) else literal(ref)
@@ -133,26 +145,98 @@ def forward(
     reset: Any | None,
     save: Sequence[int],
     outputs: bool = False,
+    derivatives: bool = False,
 ) -> Forward:
-    """Run the plain steps; `xs` has time in front where it moves."""
-    graph, env = setting.graph, setting.env
+    """Run the plain steps; `xs` has time in front where it moves.
 
-    def one(state: Any, x: Any) -> Any:
-        return run(graph, env, state, x, keep=save)
+    `derivatives` says that it is to be differentiated. Otherwise the products of x are
+    taken for all steps at once, and each is handed from step to step: XLA computes what
+    reads a slice of an array in the body of a loop element by element.
+    """
+    graph, env = setting.graph, setting.env
+    inputs = _inputs(setting, xs)
+    ahead = _ahead(graph, () if derivatives else setting.moving)
+    made = _made_ahead(setting, ahead, inputs)
+    rest = [ref for ref in save if ref not in made]
+
+    def one(state: Any, x: Any, made: Any) -> Any:
+        return run(graph, env | made, state, x, keep=rest, body=ahead.rest)
 
     per_sample = one if graph.batch is None else jax.vmap(one)
 
-    def body(state: list[Any], step: Any) -> Any:
-        slices, fresh = step
+    def made_for(step: Any) -> Any:
+        return jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, step, keepdims=False), made
+        )
+
+    def body(carry: Any, step: Any) -> Any:
+        (state, now), (slices, after, fresh) = carry, step
         if fresh is not None:
             state = renew(setting.initial, state, fresh)
-        new, out, saved = per_sample(state, at_step(setting, xs, slices))
-        return new, (out if outputs else None, saved)
+        new, out, saved = per_sample(state, at_step(setting, xs, slices), now)
+        return (new, made_for(after)), (out if outputs else None, saved)
 
-    steps = moving_leaves(setting, xs), reset
-    new, (outs, saved) = jax.lax.scan(body, list(state), steps, length=setting.steps)
-    found = dict(zip(save, saved, strict=True))
-    return Forward(new, outs, found | _inputs(setting, xs))
+    after = jnp.minimum(jnp.arange(1, setting.steps + 1), setting.steps - 1)
+    steps = moving_leaves(setting, xs), after, reset
+    start = list(state), made_for(0)
+    (new, _), (outs, saved) = jax.lax.scan(body, start, steps, length=setting.steps)
+    found = dict(zip(rest, saved, strict=True))
+    found |= {ref: array for ref, array in made.items() if ref in save}
+    return Forward(new, outs, found | inputs)
+
+
+class _Ahead(NamedTuple):
+    """What of a step needs no state, and so is run for all steps at once."""
+
+    equations: tuple[Equation, ...]
+    made: tuple[int, ...]
+    """The values that the rest of the step reads."""
+    rest: tuple[Equation, ...]
+
+
+def _ahead(graph: ETraceGraph, moving: Sequence[bool]) -> _Ahead:
+    """The products of x with weights and the like, and what these are made of.
+
+    Values much larger than the state stay where they are: a window would hold many.
+    """
+    program, avals = graph.program, graph.program.avals
+    if not any(moving):
+        return _Ahead((), (), graph.body)
+    limit = 4 * sum(avals[ref].size for ref in graph.hidden.old)
+    inputs = program.inputs[len(program.inputs) - len(moving) :]
+    known = {*program.constants, *graph.weights, *graph.prepared}
+    moved = {ref for ref, moves in zip(inputs, moving, strict=True) if moves}
+    found, large = [], set()
+    for equation in graph.body:
+        values = set(equation.values)
+        if equation.effectful or not values & moved or values - moved - known:
+            continue
+        if any(avals[ref].size > limit for ref in equation.outputs):
+            continue
+        found.append(equation)
+        moved.update(equation.outputs)
+        if not _is_light(equation, avals):
+            large.update(equation.outputs)
+    kept = live(found, large)
+    written = {ref for equation in kept for ref in equation.outputs}
+    rest = tuple(equation for equation in graph.body if equation not in kept)
+    read = {ref for equation in rest for ref in equation.values}
+    made = written & (read | set(program.outputs))
+    return _Ahead(tuple(kept), tuple(sorted(made)), rest)
+
+
+def _made_ahead(
+    setting: Setting, ahead: _Ahead, inputs: dict[int, Any]
+) -> dict[int, Any]:
+    if not ahead.equations:
+        return {}
+    graph, env = setting.graph, setting.env
+
+    def one(inputs: dict[int, Any]) -> dict[int, Any]:
+        found = evaluate(ahead.equations, env | inputs)
+        return {ref: found[ref] for ref in ahead.made}
+
+    return unmerge(graph, jax.vmap(one)(merge(graph, inputs)))
 
 
 def _inputs(setting: Setting, xs: Sequence[Any]) -> dict[int, Any]:

@@ -29,6 +29,7 @@ from ._jacobian import group_jacobian, shared_env
 from ._jaxpr import REDUCTIONS, Equation, Program, literal, live
 from ._reads import ALL, NONE, Mixing, Reads
 from ._relation import Relation
+from ._shared import with_shares
 
 
 def with_facts(graph: ETraceGraph) -> ETraceGraph:
@@ -42,7 +43,8 @@ def with_facts(graph: ETraceGraph) -> ETraceGraph:
             found = _alike(relation, facts[relation.group].alike, use)
             relation = dataclasses.replace(relation, alike=found)
         relations.append(relation)
-    return dataclasses.replace(graph, relations=tuple(relations), facts=facts)
+    graph = dataclasses.replace(graph, relations=tuple(relations), facts=facts)
+    return dataclasses.replace(graph, relations=with_shares(graph))
 
 
 def _gains(relation: Relation) -> bool:
@@ -102,7 +104,7 @@ def _facts(graph: ETraceGraph, group: HiddenGroup) -> GroupFacts:
         program, values = flatten_unfolded(closed, wrapped)
     except CompileError:  # A call that the compiler cannot read: nothing is known.
         no = flags([False] * shapes[0].num_leaves)
-        return GroupFacts(no, no, data)
+        return GroupFacts(no, no, data, tuple(range(len(group.uses))))
     inputs = program.inputs[len(program.inputs) - len(data) :]
     numbers = _Numbers(program, values).run()
     same = [bool((numbers[ref] == numbers[ref][:1]).all()) for ref in program.outputs]
@@ -111,7 +113,11 @@ def _facts(graph: ETraceGraph, group: HiddenGroup) -> GroupFacts:
     needed = {ref for ref in program.outputs if ref in moved}
     read = {ref for e in live(program.equations, needed) for ref in e.values} | needed
     reads = (ref for ref, own in zip(data, inputs, strict=True) if own in read)
-    return GroupFacts(flags(same), flags(fixed), tuple(reads))
+    names = _names(program, values)
+    outputs = [names[ref] for ref in program.outputs]
+    made = jtu.tree_unflatten(shapes[0], outputs).direct
+    drives = tuple(made.index(row) for row in made)
+    return GroupFacts(flags(same), flags(fixed), tuple(reads), drives)
 
 
 def _moved(program: Program, data: set[int]) -> set[int]:
@@ -121,6 +127,28 @@ def _moved(program: Program, data: set[int]) -> set[int]:
         if found.intersection(equation.values):
             found.update(equation.outputs)
     return found
+
+
+def _names(program: Program, values: Sequence[Any]) -> dict[int, int]:
+    """A number per value; where they are equal, values are made alike from the same."""
+    found: dict[Any, int] = {}
+
+    def name(key: Any) -> int:
+        return found.setdefault(key, len(found))
+
+    names = {ref: name(("input", ref)) for ref in program.inputs}
+    for ref, value in zip(program.constants, values, strict=True):
+        plain = np.asarray(value)
+        names[ref] = name((plain.shape, str(plain.dtype), plain.tobytes()))
+    for equation in program.equations:
+        read = tuple(
+            names[ref] if isinstance(ref, int) else repr(literal(ref))
+            for ref in equation.inputs
+        )
+        made = equation.index if equation.effectful else str(dict(equation.params))
+        for position, ref in enumerate(equation.outputs):
+            names[ref] = name((equation.primitive, made, read, position))
+    return names
 
 
 def _spec(aval: Any) -> jax.ShapeDtypeStruct:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Shaped
 
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
-from ._jaxpr import Ref, evaluate, literal
+from ._jaxpr import Equation, Ref, evaluate, literal
 from ._locality import Edge
 from ._relation import Relation
 from ._rules import RelationJacobian
@@ -86,9 +86,11 @@ def run(
     at_door: Sequence[Any] | None = None,
     edge: Mapping[Edge, Callable[[Any], Any]] | None = None,
     keep: Sequence[int] | None = None,
+    body: Sequence[Equation] | None = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """One step of the full program: new state, output, and the values to keep, those
-    of `graph.saved` unless others are named."""
+    of `graph.saved` unless others are named. `body` are its equations without those
+    whose values are in `shared` already."""
     first = graph.param_leaves.count
     env = dict(shared) | dict(
         zip(graph.program.inputs[first:], (*state, *x), strict=True)
@@ -97,7 +99,7 @@ def run(
     if at_door is not None:
         for ref, change in zip(graph.hidden.doors, at_door, strict=True):
             tap[ref] = _add(change)
-    env = evaluate(graph.body, env, edge=edge, tap=tap)
+    env = evaluate(graph.body if body is None else body, env, edge=edge, tap=tap)
     count = graph.state_leaves.parts.count
     outputs = [env[ref] for ref in graph.program.outputs]
     kept = graph.saved if keep is None else keep

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from ._errors import describe, sentence
 from ._graph import ETraceGraph
+from ._inputs import window_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Losses:
     objective: Objective
     targets: PyTree
     mask: Any | None
+
+    def part(self, number: Any, length: int) -> "Losses":
+        """Those of the steps of one window."""
+        targets, mask = window_of((self.targets, self.mask), number, length)
+        return dataclasses.replace(self, targets=targets, mask=mask)
 
     def __call__(self, outs: list[Any]) -> tuple[Any, list[Any]]:
         inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in outs]

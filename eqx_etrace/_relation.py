@@ -131,6 +131,10 @@ class Relation(eqx.Module):
     """Per entry of `slots`, whether the trace is the same for all units: then it has
     the shape of dy/dw."""
     map: UnitMap
+    same_x: int | None = eqx.field(static=True, default=None)
+    """The number of the first relation with the same dy/dw, None if that is this."""
+    same_df: int | None = eqx.field(static=True, default=None)
+    """The number of the first relation with the same df, None if that is this."""
 
     @property
     def edge(self) -> Edge:

@@ -59,7 +59,8 @@ def init_trace(graph: ETraceGraph) -> PyTree:
             else jnp.zeros((graph.batch, *leaf.shape), leaf.dtype)
         )
 
-    traces = tuple(graph.rule.init(relation) for relation in graph.relations)
+    rule = graph.rule
+    traces = tuple(rule.kept(r, rule.init(r)) for r in graph.relations)
     return jtu.tree_map(lead, traces)
 
 
@@ -208,17 +209,13 @@ def _advance(
 
     found = _per_sample(graph, one, (0, 0))(state, saved)
     env = shared | dict(zip(graph.saved, saved, strict=True))
-    new = tuple(
-        graph.rule.update_all(
-            relation,
-            trace[number],
-            relation_jacobian(graph, relation, found[relation.group], env),
-            moving_operands(graph, relation),
-            graph.batch,
-        )
-        for number, relation in enumerate(graph.relations)
-    )
-    return new, found
+    new, whole = [], graph.rule.whole(graph.relations, trace)
+    for relation, old in zip(graph.relations, whole, strict=True):
+        jacobian = relation_jacobian(graph, relation, found[relation.group], env)
+        moving = moving_operands(graph, relation)
+        now = graph.rule.update_all(relation, old, jacobian, moving, graph.batch)
+        new.append(graph.rule.kept(relation, now))
+    return tuple(new), found
 
 
 def _credit(
@@ -249,8 +246,9 @@ def _credit(
 
     heard = _per_sample(graph, signals, (0, 0))(derivatives, found)
     total = dict(zip(graph.weights, gradients, strict=True))
-    for number, relation in enumerate(graph.relations):
-        gradient = graph.rule.gradient(relation, trace[number], heard[relation.group])
+    whole = graph.rule.whole(graph.relations, trace)
+    for relation, entries in zip(graph.relations, whole, strict=True):
+        gradient = graph.rule.gradient(relation, entries, heard[relation.group])
         total[relation.ref] = total[relation.ref] + gradient
     return tuple(total[ref] for ref in graph.weights)
 

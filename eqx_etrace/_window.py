@@ -9,7 +9,7 @@ once.
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ._forward import (
     Forward,
+    Plan,
     Setting,
     forward,
     merge,
@@ -25,6 +26,7 @@ from ._forward import (
     values,
 )
 from ._graph import ETraceGraph
+from ._inputs import window_of
 from ._jacobian import (
     GroupJacobian,
     group_jacobian,
@@ -32,7 +34,8 @@ from ._jacobian import (
     reduced,
     value_of,
 )
-from ._readout import outputs_of, readout
+from ._objective import Losses
+from ._readout import Readout, outputs_of, readout
 from ._relation import Relation
 from ._rules import GroupWindow, Window
 
@@ -108,38 +111,53 @@ def credit(
     trace: Sequence[Any] | None,
     totals: Sequence[Any] | None,
     reset: Any | None,
+    edge: Sequence[Any] | None = None,
 ) -> tuple[list[Any | None], tuple[Any, ...]]:
     """Per relation its gradient and its new trace.
 
     `merged` are the values that the derivatives read and `totals` the derivatives of
     each step's loss by the new hidden leaves, or None for no signal; both with time and
-    batch as one axis.
+    batch as one axis. Or else `edge`, per group and slot the derivative by the old
+    state: then the gradient is that of the old trace alone.
     """
     graph = setting.graph
-    env = setting.env | unmerge(graph, merged)
-    groups = [
-        _group_window(setting, number, jacobian, totals, reset)
-        for number, jacobian in enumerate(window_jacobians(setting, merged))
-    ]
     gradients, traces = [], []
-    for number, relation in enumerate(graph.relations):
-        group, jacobian = groups[relation.group]
-        operands = _operands(setting, relation, env)
-        window = Window(
-            relation,
-            group,
-            reduced(relation, group.group, jacobian, operands),
-            moving_operands(graph, relation),
-            graph.batch,
-            reset,
-        )
+    if trace is not None:
+        trace = graph.rule.whole(graph.relations, trace)
+    windows = _windows(setting, merged, totals, reset, edge=edge)
+    for number, window in enumerate(windows):
         old = None if trace is None else trace[number]
         # Entries with time and batch in front meet those that have neither.
         with jax.numpy_rank_promotion("allow"):
             gradient, new = graph.rule.window(window, old)
         gradients.append(gradient)
-        traces.append(new)
+        traces.append(graph.rule.kept(window.relation, new))
     return gradients, tuple(traces)
+
+
+def _windows(
+    setting: Setting,
+    merged: dict[int, Any],
+    totals: Sequence[Any] | None,
+    reset: Any | None,
+    later: Sequence[Sequence[Any]] | None = None,
+    edge: Sequence[Sequence[Any]] | None = None,
+) -> list[Window]:
+    """What the rule is told, relation by relation."""
+    graph = setting.graph
+    env = setting.env | unmerge(graph, merged)
+    groups = [
+        _group_window(setting, number, jacobian, totals, reset, later, edge)
+        for number, jacobian in enumerate(window_jacobians(setting, merged))
+    ]
+    found = []
+    for number, relation in enumerate(graph.relations):
+        group, jacobian = groups[relation.group]
+        operands = _operands(setting, relation, env)
+        mine = reduced(relation, group.group, jacobian, operands)
+        moving = moving_operands(graph, relation)
+        found.append(Window(relation, number, group, mine, moving, graph.batch, reset))
+    return found
 
 
 def _operands(
@@ -163,6 +181,8 @@ def _group_window(
     jacobian: GroupJacobian,
     totals: Sequence[Any] | None,
     reset: Any | None,
+    later: Sequence[Sequence[Any]] | None,
+    edge: Sequence[Sequence[Any]] | None,
 ) -> tuple[GroupWindow, GroupJacobian]:
     graph = setting.graph
     group = graph.groups[number]
@@ -179,14 +199,15 @@ def _group_window(
         graph.batch,
         setting.steps,
         sorted({slot for relation in mine for slot in relation.array_slots}),
+        None if later is None else later[number],
+        None if edge is None else edge[number],
     )
     transition = tuple(map(tuple, window.transition))
     return window, dataclasses.replace(jacobian, transition=transition)
 
 
-OutputGradient = Callable[[list[Any]], tuple[Any, list[Any]]]
-"""From the outputs of all steps, time and batch in front, to the losses (and what comes
-with them) and the derivatives of their sum by the floating-point outputs."""
+CHUNK = 32
+"""So many steps at most are taken back at once: their vectors stay in the cache."""
 
 
 def single_step_window(
@@ -195,13 +216,29 @@ def single_step_window(
     trace: Sequence[Any] | None,
     xs: Sequence[Any],
     reset: Any | None,
-    losses: OutputGradient,
+    losses: Losses,
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """Losses, gradients of the weights, state and trace: equal to step by step."""
     graph, part = setting.graph, readout(setting.graph)
     made = plan(graph, sorted({*local_reads(graph), *part.context}))
     ran = forward(setting, state, xs, reset, made.save)
     merged = values(setting, ran, made)
+    length = _chunk(setting)
+    if trace is None and length is not None and graph.rule.by_adjoint:
+        result, total = _in_chunks(setting, ran, made, part, reset, losses, length)
+        new = credit(setting, merged, None, None, reset)[1]
+        return result, total, ran.state, new
+    result, direct, totals = _signals(setting, part, merged, losses)
+    gradients, new = credit(setting, merged, trace, totals, reset)
+    return result, add_gradients(graph, direct, gradients), ran.state, new
+
+
+def _signals(
+    setting: Setting, part: Readout, merged: dict[int, Any], losses: Losses
+) -> tuple[Any, list[Any], list[Any]]:
+    """The losses of all steps, and the derivatives of their sum by the weights that the
+    outputs read, and of each by the new hidden leaves."""
+    graph = setting.graph
     context = [merged[ref] for ref in part.context]
     samples = setting.steps * (graph.batch or 1)
     zeros = [
@@ -219,8 +256,60 @@ def single_step_window(
     _, pull, found = jax.vjp(outputs, setting.weights, zeros, has_aux=True)
     result, given = losses(unmerge(graph, found))
     direct, totals = pull(merge(graph, given))
-    gradients, new = credit(setting, merged, trace, totals, reset)
-    return result, add_gradients(graph, direct, gradients), ran.state, new
+    return result, list(direct), totals
+
+
+def _chunk(setting: Setting) -> int | None:
+    """How many steps to take back at once, where that is fewer than all."""
+    steps = setting.steps
+    fitting = (n for n in range(CHUNK, CHUNK // 4, -1) if steps % n == 0)
+    return next(fitting, None) if steps > CHUNK else None
+
+
+def _in_chunks(
+    setting: Setting,
+    ran: Forward,
+    made: Plan,
+    part: Readout,
+    reset: Any | None,
+    losses: Losses,
+    length: int,
+) -> tuple[Any, list[Any]]:
+    """The losses and the gradient of a window that has run from a zero trace, by a few
+    steps after the other, the last ones first."""
+    graph, count = setting.graph, setting.steps // length
+    setting = dataclasses.replace(setting, steps=length)
+    lead = () if graph.batch is None else (graph.batch,)
+    nothing = [
+        [jnp.zeros((*lead, group.units), dtype) for dtype in group.dtypes]
+        for group in graph.groups
+    ]
+
+    def back(carry: Any, number: Any) -> tuple[Any, Any]:
+        later, total = list(carry[0]), carry[1]
+        saved, fresh = window_of((ran.saved, reset), number, length)
+        merged = values(setting, ran._replace(saved=saved), made)
+        now = losses.part(number, length)
+        result, direct, totals = _signals(setting, part, merged, now)
+        windows = _windows(setting, merged, totals, fresh, later)
+        with jax.numpy_rank_promotion("allow"):
+            gradients = [graph.rule.from_adjoint(window) for window in windows]
+        found = add_gradients(graph, direct, gradients)
+        for window in windows:
+            first = zip(
+                window.group.adjoint[1], nothing[window.relation.group], strict=True
+            )
+            later[window.relation.group] = [
+                zero if v is None else v for v, zero in first
+            ]
+        return (later, list(map(jnp.add, total, found))), result
+
+    zeros = [jnp.zeros_like(weight) for weight in setting.weights]
+    (_, total), result = jax.lax.scan(
+        back, (nothing, zeros), jnp.arange(count), reverse=True
+    )
+    result = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
+    return result, total
 
 
 def _inexact(leaf: Any) -> bool:
@@ -244,7 +333,7 @@ def multi_step_window(
     trace: Sequence[Any] | None,
     xs: Sequence[Any],
     reset: Any | None,
-    losses: OutputGradient,
+    losses: Losses,
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """The same by reverse mode within the window, and by the trace at its start."""
     graph = setting.graph
@@ -257,8 +346,7 @@ def multi_step_window(
     _, pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
     result, given = losses(ran.outs)
     direct, edge = pull(given)
-    gradients = at_edge(graph, trace, edge)
-    new = moved_trace(setting, ran, trace, reset)
+    gradients, new = _moved(setting, ran, trace, reset, edge)
     return result, add_gradients(graph, direct, gradients), ran.state, new
 
 
@@ -276,7 +364,7 @@ def forward_from(
         start[i] = leaf
     setting = dataclasses.replace(setting, weights=weights)
     save = plan(graph, local_reads(graph)).save
-    return forward(setting, start, xs, reset, save, outputs=True)
+    return forward(setting, start, xs, reset, save, outputs=True, derivatives=True)
 
 
 def moved_trace(
@@ -286,9 +374,31 @@ def moved_trace(
     reset: Any | None,
 ) -> tuple[Any, ...]:
     """The trace after a window that has run with what `local_reads` names."""
+    return _moved(setting, ran, trace, reset, None)[1]
+
+
+def _moved(
+    setting: Setting,
+    ran: Forward,
+    trace: Sequence[Any] | None,
+    reset: Any | None,
+    edge: Sequence[Any] | None,
+) -> tuple[list[Any | None], tuple[Any, ...]]:
+    """The same, and per relation what the old trace gives for the derivatives by the
+    old hidden leaves."""
     graph = setting.graph
     merged = values(setting, ran, plan(graph, local_reads(graph)))
-    return credit(setting, merged, trace, None, reset)[1]
+    at_start = None if edge is None else _signals_of(graph, edge)
+    return credit(setting, merged, trace, None, reset, at_start)
+
+
+def _signals_of(graph: ETraceGraph, derivatives: Sequence[Any]) -> list[Any]:
+    """Derivatives by hidden leaves, per group and slot."""
+    leaves, found = dict(enumerate(derivatives)), []
+    for group in graph.groups:
+        read = group.read if graph.batch is None else jax.vmap(group.read)
+        found.append(read(leaves))
+    return found
 
 
 def at_edge(
@@ -297,12 +407,8 @@ def at_edge(
     """Per relation what its trace gives for the derivatives by the hidden leaves."""
     if trace is None:
         return [None for _ in graph.relations]
-    leaves = dict(enumerate(edge))
-    signals = []
-    for group in graph.groups:
-        read = group.read if graph.batch is None else jax.vmap(group.read)
-        signals.append(read(leaves))
+    whole, signals = graph.rule.whole(graph.relations, trace), _signals_of(graph, edge)
     return [
-        graph.rule.gradient(relation, trace[number], signals[relation.group])
-        for number, relation in enumerate(graph.relations)
+        graph.rule.gradient(relation, entries, signals[relation.group])
+        for relation, entries in zip(graph.relations, whole, strict=True)
     ]

@@ -1,5 +1,7 @@
 """ES-D-RTRL against its formula, written out in NumPy."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -146,7 +148,7 @@ def test_the_correction_counts_the_steps_of_evolve(window):
     _, *carried = etrace.evolve(graph, params, state, None, xs[:5])
     found, *got = run(params, *carried, xs[5:], ts[5:])
     assert_same([found, *got], [losses[5:], *expected])
-    for _, _, weight in got[-1]:
+    for _, _, weight in graph.rule.whole(graph.relations, got[-1]):
         np.testing.assert_allclose(weight, 1 - 0.9**9, rtol=1e-12)
 
 
@@ -156,11 +158,73 @@ def test_the_trace_is_as_large_as_activations(slots, batch):
     graph, *_ = chain(slots, 1, batch, etrace.ESDRTRL(0.9))
     lead = () if batch is None else (batch,)
     # Of the two products; a gain has a trace as large as itself.
-    products = zip(graph.relations[:2], etrace.init_trace(graph)[:2], strict=True)
-    for relation, trace in products:
+    kept = etrace.init_trace(graph)
+    whole = graph.rule.whole(graph.relations, kept)
+    for relation, trace in list(zip(graph.relations, whole, strict=True))[:2]:
         outputs, inputs = relation.weight_shape
         assert isinstance(trace, FactorisedTrace)
         assert trace.presynaptic.shape == (*lead, 1, inputs)
         assert [f.shape for f in trace.postsynaptic] == [(*lead, outputs)] * slots
         assert trace.weight.shape == lead
-        assert graph.rule.trace_bytes(relation) == 8 * (inputs + outputs * slots + 1)
+        size = inputs if relation.same_x is None else 0
+        size += outputs * slots + 1 if relation.same_df is None else 0
+        assert graph.rule.trace_bytes(relation) == 8 * size
+    sizes = sum(graph.rule.trace_bytes(relation) for relation in graph.relations)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) == (batch or 1) * sizes
+
+
+class Gates(eqx.Module):
+    """Two products with one x, and a sum of three whose derivatives agree."""
+
+    i: jax.Array
+    f: jax.Array
+    u: jax.Array
+    b: jax.Array
+    out: jax.Array
+
+    def __call__(self, x, h):
+        keep = jax.nn.sigmoid(self.f @ x)
+        h = keep * h + jnp.tanh(self.i @ x + self.u @ h + self.b)
+        return self.out @ h, h
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_what_relations_share_is_kept_once(window, batch):
+    keys = jax.random.split(jax.random.key(0), 7)
+    shapes = (N, IN), (N, IN), (N, N), (N,), (OUT, N)
+    net = Gates(*map(jax.random.normal, keys, shapes))
+    lead = () if batch is None else (batch,)
+    state = jnp.full((*lead, N), 0.3)
+    xs = jax.random.normal(keys[5], (STEPS, *lead, IN))
+    ts = jax.random.normal(keys[6], (STEPS, *lead, OUT))
+    rule = etrace.ESDRTRL((0.7, 0.9))
+    graph = etrace.compile(net, state, xs[0], rule=rule, batched=batch is not None)
+    names = {relation.name: number for number, relation in enumerate(graph.relations)}
+    shared = {r.name: (r.same_x, r.same_df) for r in graph.relations}
+    first = min(names["i"], names["u"], names["b"])
+    x = min(names["i"], names["f"])
+    expected = {
+        name: (
+            x if name in "if" and names[name] != x else None,
+            first if name in "iub" and names[name] != first else None,
+        )
+        for name in "fiub"
+    }
+    assert shared == expected
+    plain = tuple(
+        dataclasses.replace(relation, same_x=None, same_df=None)
+        for relation in graph.relations
+    )
+    other = dataclasses.replace(graph, relations=plain)
+    found, sizes = [], []
+    for g in (graph, other):
+        run = quick_jit(etrace.value_and_grad(g, squares, window=window))
+        _, grads, _, trace = run(g.params(net), state, None, xs, ts)
+        found.append((grads, g.rule.whole(g.relations, trace)))
+        size = sum(leaf.size for leaf in jax.tree.leaves(trace))
+        bytes_of = sum(map(rule.trace_bytes, g.relations))
+        assert 8 * size == (batch or 1) * bytes_of
+        sizes.append(size)
+    assert_same(*found)
+    assert sizes[0] < sizes[1]

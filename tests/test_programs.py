@@ -120,3 +120,31 @@ def test_the_same_shapes_compile_once(window):
     run(params, *first[2:], *args[3:])
     run(params, args[1], *args[2:])
     assert len(calls) == traced
+
+
+def _products_in_loops(jaxpr, looped=False):
+    """How often each pair of operand shapes is multiplied in the body of a loop."""
+    found = []
+    for equation in jaxpr.eqns:
+        if looped and equation.primitive.name == "dot_general":
+            found.append(tuple(sorted(v.aval.shape[-2:] for v in equation.invars)))
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                loop = looped or equation.primitive.name == "scan"
+                found += _products_in_loops(inner, loop)
+    return found
+
+
+def test_the_products_of_x_are_taken_for_all_steps_at_once():
+    units, inputs, steps = 7, 5, 6
+    graph, (params, h, _, xs, ts), _ = _problem(units, inputs, steps)
+
+    def run(params, h, xs, ts):
+        fun = etrace.value_and_grad(graph, squares, window=steps)
+        return fun(params, h, None, xs, ts)[:2]
+
+    closed = jax.make_jaxpr(run)(params, h, xs, ts)
+    products = _products_in_loops(closed.jaxpr)
+    assert any((units, units) in pair for pair in products)
+    assert not any((units, inputs) in pair for pair in products)

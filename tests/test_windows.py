@@ -1,6 +1,7 @@
 """A window gives what its steps give one by one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from windows import (
 )
 
 import eqx_etrace as etrace
+from eqx_etrace import _window
 
 
 RULES = {
@@ -160,3 +162,29 @@ def test_what_may_be_left_out(name):
     found, expected = run(*args, options)
     for got in found:
         assert_same(got, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in GIVEN if name != "a trace"])
+def test_a_long_window_is_taken_back_in_chunks(name, monkeypatch):
+    monkeypatch.setattr(_window, "CHUNK", 4)
+    batch, loss_fn, given = GIVEN[name]
+    graph, params, state, xs, ts = chain(3, 12, batch)
+    mask, reset = _lanes(12)
+    options = {"mask": mask, "reset": reset, "initial": state}
+    options = {k: v for k, v in options.items() if k in given.split()}
+
+    def with_aux(out, target):
+        return loss_fn(out, target), out
+
+    def run(params, state, xs, ts, options):
+        fun = etrace.value_and_grad(graph, with_aux, window=12, has_aux=True)
+        return fun(params, state, None, xs, ts, **options)
+
+    args = params, state, xs, ts, options
+    assert re.search(r"length=3\b", str(jax.make_jaxpr(run)(*args)))
+    (losses, outs), *rest = quick_jit(run)(*args)
+    expected = by_steps(graph, loss_fn, params, state, None, xs, ts, **options)
+    assert_same((losses, *rest), expected)
+    evolved = etrace.evolve(graph, params, state, None, xs)[0]
+    if "reset" not in options:
+        assert_same(outs, evolved)

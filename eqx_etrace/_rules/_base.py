@@ -3,7 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -62,6 +62,8 @@ class LocalRule(eqx.Module):
     """
 
     scope: eqx.AbstractVar[Scope]
+    by_adjoint: ClassVar[bool] = False
+    """Whether the rule has `from_adjoint`."""
 
     @abstractmethod
     def init(self, relation: Relation) -> PyTree:
@@ -114,11 +116,29 @@ class LocalRule(eqx.Module):
         """The gradient and the trace of many steps at once, batch and all.
 
         Equal to `update` and `gradient` step by step. `trace` is None for the zero
-        trace. The gradient is None where the window has no signal.
+        trace. The gradient is None where the window has no signal; where
+        `window.group.edge` is given, it is that of `trace` for this signal.
         """
+
+    def from_adjoint(self, window: "Window") -> Shaped[Array, "..."] | None:
+        """The gradient of a window that starts from a zero trace, by what `adjoint`
+        of its group says and without a trace; see `by_adjoint`."""
+        raise NotImplementedError
+
+    def kept(self, relation: Relation, trace: PyTree) -> PyTree:
+        """A trace without what other relations keep for it, see `Relation.same_x`
+        and `same_df`."""
+        del relation
+        return trace
+
+    def whole(self, relations: Sequence[Relation], traces: Sequence[PyTree]) -> PyTree:
+        """All traces with what they share: the inverse of `kept`."""
+        del relations
+        return tuple(traces)
 
     def trace_bytes(self, relation: Relation) -> int:
         """Bytes of the trace of one sample."""
-        leaves = jax.tree.leaves(jax.eval_shape(lambda: self.init(relation)))
+        kept = jax.eval_shape(lambda: self.kept(relation, self.init(relation)))
+        leaves = jax.tree.leaves(kept)
         sizes = (leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return int(sum(sizes))

@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -82,6 +82,8 @@ class DRTRL(LocalRule):
         graph = eqx_etrace.compile(net, state, x, rule=eqx_etrace.DRTRL())
         ```
     """
+
+    by_adjoint: ClassVar[bool] = True
 
     scope: Scope = eqx.field(static=True, default="local")
     trace_dtype: Any = eqx.field(static=True, default=None)
@@ -213,23 +215,14 @@ class DRTRL(LocalRule):
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
         """The sum over slots, units and batch of signal . trace; None is zero."""
-        signal, vectors, traces = list(signal), [], []
-        for slot, links, entry in reversed(
-            list(zip(relation.slots, relation.links, trace, strict=True))
+        signal, vectors, traces = _resolved(relation, trace, signal)
+        for slot, links, entry in zip(
+            relation.slots, relation.links, trace, strict=True
         ):
             heard = signal[slot]
-            if heard is None:
-                continue
-            if links is None:
+            if links is None and heard is not None:
                 vectors.append(relation.map.spread(heard))
                 traces.append(entry)
-                continue
-            for source, factor in zip(links, entry.others, strict=True):
-                more = heard.astype(factor.dtype) * factor
-                signal[source] = _add(signal[source], more)
-            spread = relation.map.spread(heard.astype(entry.direct.dtype))
-            vectors.append(spread * entry.direct)
-            traces.append(entry.derivative)
         if not vectors:
             return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
         return relation.op.contract(vectors, traces).astype(relation.weight_dtype)
@@ -240,13 +233,15 @@ class DRTRL(LocalRule):
         """Many steps with a few large products, and the trace touched once."""
         relation, gradient, edge = window.relation, None, None
         if window.group.total is not None:
-            adjoint, edge = window.group.adjoint
-            q = through(window, adjoint)
-            assert q is not None  # Else the relation would have no slot.
-            gradient = window.pullback(q)
+            gradient, edge = self.from_adjoint(window), window.group.adjoint[1]
+        elif window.group.edge is not None and trace is not None:
+            edge, *rest = _resolved(relation, trace, window.group.edge)
+            if rest[0]:
+                gradient = relation.op.contract(*rest).astype(relation.weight_dtype)
         moved, found = advance(window, trace, edge)
-        if gradient is not None and found is not None:
-            gradient = gradient + found.astype(gradient.dtype)
+        if found is not None:
+            found = found.astype(relation.weight_dtype)
+            gradient = found if gradient is None else gradient + found
         last = window.last()
         within, new = _Within(relation, last), []
         for slot, dtype in zip(relation.slots, relation.trace_dtypes, strict=True):
@@ -259,6 +254,32 @@ class DRTRL(LocalRule):
         shapes = window.per_sample_of(self.init(relation))
         new = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), new, [*shapes])
         return gradient, tuple(new)
+
+    def from_adjoint(self, window: Window) -> Shaped[Array, "..."]:
+        """The adjoint of every step times df times dy/dw, as one product."""
+        q = through(window, window.group.adjoint[0])
+        assert q is not None  # Else the relation would have no slot.
+        return window.pullback(q)
+
+
+def _resolved(
+    relation: Relation, trace: Sequence[Entry], signal: Sequence[Any | None]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """A signal that counts for traces that are arrays what the others are multiples of,
+    and what is left of these: vectors, and the dy/dw that each multiplies."""
+    signal, vectors, derivatives = list(signal), [], []
+    entries = list(zip(relation.slots, relation.links, trace, strict=True))
+    for slot, links, entry in reversed(entries):
+        heard = signal[slot]
+        if heard is None or links is None:
+            continue
+        for source, factor in zip(links, entry.others, strict=True):
+            more = heard.astype(factor.dtype) * factor
+            signal[source] = _add(signal[source], more)
+        spread = relation.map.spread(heard.astype(entry.direct.dtype))
+        vectors.append(spread * entry.direct)
+        derivatives.append(entry.derivative)
+    return signal, vectors, derivatives
 
 
 def _is_large(relation: Relation) -> bool:

@@ -1,7 +1,7 @@
 """ES-D-RTRL: the trace as a product of a filtered dy/dw and a filtered dh/dy."""
 
 import functools as ft
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,11 +22,14 @@ class FactorisedTrace(NamedTuple):
     - `presynaptic`: dy/dw, filtered; for a product `W @ x` the vector x.
     - `postsynaptic`: per slot dh/dy, filtered, of the shape of y.
     - `weight`: 1 - decay^t after t steps, which the latter is to be divided by.
+
+    Of relations with the same x, as of those with the same dh/dy, the first keeps what
+    they share; the others have None.
     """
 
-    presynaptic: Shaped[Array, "..."]
-    postsynaptic: tuple[Shaped[Array, "..."], ...]
-    weight: Shaped[Array, "*batch"]
+    presynaptic: Shaped[Array, "..."] | None
+    postsynaptic: tuple[Shaped[Array, "..."], ...] | None
+    weight: Shaped[Array, "*batch"] | None
 
 
 class ESDRTRL(LocalRule):
@@ -110,14 +113,50 @@ class ESDRTRL(LocalRule):
         real = not jnp.issubdtype(relation.y_dtype, jnp.complexfloating)
         return cast(jnp.zeros((), dtype if real else relation.y_dtype), dtype).dtype
 
+    def kept(self, relation: Relation, trace: FactorisedTrace) -> FactorisedTrace:
+        """Without the factors that an earlier relation keeps."""
+        if relation.same_x is not None:
+            trace = trace._replace(presynaptic=None)
+        if relation.same_df is not None:
+            trace = trace._replace(postsynaptic=None, weight=None)
+        return trace
+
+    def whole(
+        self, relations: Sequence[Relation], traces: Sequence[FactorisedTrace]
+    ) -> tuple[FactorisedTrace, ...]:
+        """With them."""
+        found: list[FactorisedTrace] = []
+        for relation, trace in zip(relations, traces, strict=True):
+            if relation.same_x is not None:
+                pre = found[relation.same_x].presynaptic
+                trace = trace._replace(presynaptic=pre)
+            if relation.same_df is not None:
+                _, post, weight = found[relation.same_df]
+                trace = trace._replace(postsynaptic=post, weight=weight)
+            found.append(trace)
+        return tuple(found)
+
     def update(
         self, relation: Relation, trace: FactorisedTrace, jacobian: RelationJacobian
     ) -> FactorisedTrace:
         """One step of both filters, for one sample."""
-        a_x, a_f = self.decays
-        pre = trace.presynaptic
+        pre = self._filtered(relation, trace.presynaptic, jacobian)
+        post, weight = self._driven(relation, trace[1:], jacobian)
+        return FactorisedTrace(pre, post, weight)
+
+    def _filtered(
+        self, relation: Relation, pre: Any, jacobian: RelationJacobian
+    ) -> Any:
+        """One step of the presynaptic filter."""
         found = cast(relation.derivative(jacobian.operands), pre.dtype)
-        old = dict(zip(relation.slots, trace.postsynaptic, strict=True))
+        return self.decays[0] * pre + found
+
+    def _driven(
+        self, relation: Relation, trace: Any, jacobian: RelationJacobian
+    ) -> Any:
+        """One step of the postsynaptic filters and of their weight."""
+        a_f, (entries, weight) = self.decays[1], trace
+        old = dict(zip(relation.slots, entries, strict=True))
         new: dict[int, Any] = {}
         spread = relation.map.spread
         for slot, entry in old.items():
@@ -134,8 +173,7 @@ class ESDRTRL(LocalRule):
                         factor = scale * spread(cast(row[source], entry.dtype))
                         total = total + product(factor, other.astype(entry.dtype))
             new[slot] = total
-        weight = a_f * trace.weight + (1 - a_f)
-        return FactorisedTrace(a_x * pre + found, tuple(new.values()), weight)
+        return tuple(new.values()), a_f * weight + (1 - a_f)
 
     def gradient(
         self,
@@ -144,26 +182,25 @@ class ESDRTRL(LocalRule):
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."]:
         """The sum over slots, units and batch of signal . post . pre."""
-        heard = self._heard(relation, trace, signal)
+        heard = self._heard(relation, trace[1:], signal)
         return self._product(relation, heard, trace.presynaptic)
 
     def _heard(
         self,
         relation: Relation,
-        trace: FactorisedTrace,
+        trace: Any,
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."] | None:
         """signal . post, of the shape of y, made up for the start."""
-        total = None
-        for slot, entry in zip(relation.slots, trace.postsynaptic, strict=True):
+        (entries, weight), total = trace, None
+        for slot, entry in zip(relation.slots, entries, strict=True):
             heard = signal[slot]
             if heard is not None:
                 more = product(relation.map.spread(cast(heard, entry.dtype)), entry)
                 total = more if total is None else total + more
         if total is None:
             return None
-        some = trace.weight > 0
-        weight = jnp.where(some, trace.weight, 1).astype(trace.weight.dtype)
+        weight = jnp.where(weight > 0, weight, 1).astype(weight.dtype)
         weight = weight.reshape(weight.shape + (1,) * len(relation.y_shape))
         return total / weight.astype(total.dtype)
 
@@ -182,28 +219,55 @@ class ESDRTRL(LocalRule):
         self, window: Window, trace: FactorisedTrace | None
     ) -> tuple[Shaped[Array, "..."] | None, FactorisedTrace]:
         """The filters step by step, then one product over time and batch."""
-        relation, silent = window.relation, window.group.total is None
+        relation, group = window.relation, window.group
         zero = window.per_sample_of(self.init(relation))
-        trace = zero if trace is None else trace
+        old, signal = zero if trace is None else trace, None
+        if group.total is not None:
+            signal = group.signal
 
-        def advance(trace: Any, step: Any) -> tuple[Any, Any]:
-            jacobian, reset, signal = step
-            if reset is not None:
-                trace = jax.tree.map(ft.partial(_renew, reset), zero, trace)
-            trace = window.per_sample(
-                lambda trace, parts: self.update(relation, trace, window.step(parts)), 0
-            )(trace, jacobian)
-            if signal is None:
-                return trace, None
-            heard = self._heard(relation, trace, signal)
-            return trace, (heard, trace.presynaptic)
+        def filtered(pre: Any, jacobian: RelationJacobian, _: Any) -> tuple[Any, Any]:
+            new = self._filtered(relation, pre, jacobian)
+            return new, None if signal is None else new
 
-        signal = None if silent else window.group.signal
-        steps = window.parts, window.reset, signal
-        new, found = jax.lax.scan(advance, trace, steps)
-        if found is None:
-            return None, new
-        return self._product(relation, *jax.tree.map(window.merged, found)), new
+        def driven(post: Any, jacobian: Any, signal: Any) -> tuple[Any, Any]:
+            new = self._driven(relation, post, jacobian)
+            return new, None if signal is None else self._heard(relation, new, signal)
+
+        first = window.number if relation.same_x is None else relation.same_x
+        pre, every = group.once(
+            (self, "x", first),
+            lambda: _scanned(window, filtered, zero[0], old[0], None),
+        )
+        first = window.number if relation.same_df is None else relation.same_df
+        (post, weight), heard = group.once(
+            (self, "df", first),
+            lambda: _scanned(window, driven, zero[1:], old[1:], signal),
+        )
+        new, gradient = FactorisedTrace(pre, post, weight), None
+        if group.edge is not None and trace is not None:
+            gradient = self.gradient(relation, trace, group.edge)
+        if signal is not None:
+            found = jax.tree.map(window.merged, (heard, every))
+            gradient = self._product(relation, *found)
+        return gradient, new
+
+
+def _scanned(
+    window: Window, fun: Callable[..., Any], zero: Any, old: Any, signal: Any
+) -> tuple[Any, Any]:
+    """`fun(trace, jacobian, signal) -> (trace, found)` of a sample, over all steps."""
+
+    def advance(trace: Any, step: Any) -> tuple[Any, Any]:
+        parts, reset, signal = step
+        if reset is not None:
+            trace = jax.tree.map(ft.partial(_renew, reset), zero, trace)
+
+        def one(trace: Any, parts: Any, signal: Any) -> Any:
+            return fun(trace, window.step(parts), signal)
+
+        return window.per_sample(one, 0)(trace, parts, signal)
+
+    return jax.lax.scan(advance, old, (window.parts, window.reset, signal))
 
 
 def _renew(where: Any, new: Any, old: Any) -> Any:

@@ -44,8 +44,13 @@ class GroupWindow:
         batch: int | None,
         steps: int,
         rows: Sequence[int],
+        later: Sequence[Shaped[Array, "..."]] | None = None,
+        edge: Sequence[Shaped[Array, "..."]] | None = None,
     ):
         self.group, self.within, self.total = group, within, total
+        self._found: dict[Any, Any] = {}
+        self.later = later  # What comes back from the window after this one.
+        self.edge = edge  # The derivative by the old state, where that is known.
         self.batch, self.steps, self.rows = batch, steps, rows
         if alive is not None:  # What a lane forgets at a reset, it forgets altogether.
             transition = [
@@ -56,6 +61,12 @@ class GroupWindow:
                 for row in transition
             ]
         self.transition = transition
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for all relations that ask by this name."""
+        if name not in self._found:
+            self._found[name] = make()
+        return self._found[name]
 
     @ft.cached_property
     def signal(self) -> list[Any]:
@@ -87,6 +98,8 @@ class GroupWindow:
             return {s: _or_zero(found[s], later[s]) for s in read}, mu
 
         zero = {s: jnp.zeros_like(self.total[s][0]) for s in read}
+        if self.later is not None:
+            zero = {s: self.later[s].astype(v.dtype) for s, v in zero.items()}
         steps = self.signal, self._moving
         first, mu = jax.lax.scan(back, zero, steps, reverse=True)
         return mu, [first.get(s) for s in slots]
@@ -221,6 +234,7 @@ class Window:
     **Attributes:**
 
     - `relation`: the relation.
+    - `number`: its number among all.
     - `group`: its hidden group over the window.
     - `jacobian`: the relation's Jacobian of every step, time and batch in front.
     - `stacked`: per operand in `jacobian.operands`, whether it has these axes.
@@ -229,6 +243,7 @@ class Window:
     """
 
     relation: Relation
+    number: int
     group: GroupWindow
     jacobian: RelationJacobian
     stacked: tuple[bool, ...]

@@ -1,0 +1,78 @@
+"""Which relations have a vector in common: the same dy/dw, or the same df.
+
+Weights that act on one x, and weights whose products are summed before anything else
+happens to them, differ in one factor of the trace only. A rule that keeps the factors
+apart keeps the common one once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._graph import ETraceGraph
+from ._jaxpr import literal
+from ._relation import Relation
+
+
+def with_shares(graph: ETraceGraph) -> tuple[Relation, ...]:
+    """The relations, each with the numbers of those it shares with."""
+    same_x = _firsts(graph, _derivative_key)
+    same_df = _firsts(graph, _drive_key)
+    pairs = zip(graph.relations, same_x, same_df, strict=True)
+    return tuple(
+        dataclasses.replace(relation, same_x=x, same_df=df) for relation, x, df in pairs
+    )
+
+
+def _firsts(
+    graph: ETraceGraph, key: Callable[[ETraceGraph, Relation], Hashable]
+) -> list[int | None]:
+    """Per relation the number of the first with the same key, None for the first."""
+    found, first = [], {}
+    for number, relation in enumerate(graph.relations):
+        name = key(graph, relation)
+        found.append(None if name is None else first.get(name))
+        first.setdefault(name, number)
+    return found
+
+
+def _drive_key(graph: ETraceGraph, relation: Relation) -> Hashable:
+    group = graph.groups[relation.group]
+    drive = graph.facts[relation.group].drives[group.uses.index(relation.y)]
+    index = relation.map.index
+    return (
+        relation.group,
+        drive,
+        relation.slots,
+        relation.reached,
+        relation.trace_dtypes,
+        relation.y_shape,
+        relation.y_dtype,
+        relation.map.repeats,
+        None if index is None else np.asarray(index).tobytes(),
+    )
+
+
+def _derivative_key(graph: ETraceGraph, relation: Relation) -> Hashable:
+    """How dy/dw is made, and of what; None where that has constants of its own."""
+    avals = graph.program.avals
+    given = [(k, ref) for k, ref in relation.equation.operands if relation.reads[k]]
+    specs = {k: jax.ShapeDtypeStruct(avals[r].shape, avals[r].dtype) for k, r in given}
+
+    def derivative(values: dict[int, jax.Array]) -> jax.Array:
+        operands = [
+            values.get(k, jnp.zeros(avals[ref].shape, avals[ref].dtype))
+            if isinstance(ref, int)
+            else literal(ref)
+            for k, ref in enumerate(relation.equation.inputs)
+        ]
+        return relation.derivative(tuple(operands))
+
+    closed = jax.make_jaxpr(derivative)(specs)
+    if closed.consts:
+        return None
+    dtype = relation.trace_dtypes[0]
+    return str(closed), tuple(ref for _, ref in given), str(dtype), relation.y_dtype
