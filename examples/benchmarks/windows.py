@@ -53,7 +53,11 @@ def compare(name, got, job, truths):
 
 
 def build(names, job, peer_job):
-    """The runners of what is there; each has run once and was compared."""
+    """The runners of what is there; each has run once and was compared.
+
+    Not after more than 200 steps: by then a rounding error may have flipped a spike,
+    and all that follows is another sequence.
+    """
     runners, truths, left_out = {}, {}, {}
     for name in names:
         start = time.perf_counter()
@@ -64,10 +68,11 @@ def build(names, job, peer_job):
             left_out.setdefault(str(reason), []).append(name)
             continue
         got = jax.block_until_ready(runner.run())
-        if truth_of(name) != name:
+        error = None
+        if truth_of(name) == name:
+            truths[name] = got
+        elif len(job.xs) <= FULL["steps"]:
             error = compare(name, got, job, truths)
-        else:
-            truths[name], error = got, None
         note = "" if error is None else f", {error:.0e} from {truth_of(name)}"
         took = time.perf_counter() - start
         print(f"  {name}: compiled and run in {took:.1f} s{note}", flush=True)
