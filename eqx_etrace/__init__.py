@@ -19,7 +19,15 @@ from ._inspect import (
 from ._learn import learn as learn
 from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._relation import Relation as Relation
-from ._rules import DRTRL as DRTRL, ESDRTRL as ESDRTRL
+from ._rules import (
+    DRTRL as DRTRL,
+    ESDRTRL as ESDRTRL,
+    OSTL as OSTL,
+    OTTT as OTTT,
+    RTRL as RTRL,
+    UORO as UORO,
+    Immediate as Immediate,
+)
 from ._step import init_trace as init_trace, step as step
 from ._steps import evolve as evolve, steps as steps
 

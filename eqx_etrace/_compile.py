@@ -38,7 +38,7 @@ from ._relation import (
     make_relation,
     related_groups,
 )
-from ._rules import DRTRL, LocalRule
+from ._rules import DRTRL, GlobalRule, LocalRule
 from ._stage import Staged, stage
 from ._units import Units, find_units
 
@@ -92,6 +92,7 @@ def _relate(
     uses: Sequence[Use],
     names: dict[int, tuple[str, ...]],
     op_rules: OpRules,
+    leak: float | None,
 ) -> tuple[tuple[HiddenGroup, ...], tuple[Relation, ...]]:
     pairs = [(use, n) for use in uses for n in related_groups(use, units, locality)]
     groups = []
@@ -106,6 +107,7 @@ def _relate(
                 number,
                 tuple(ys),
                 staged.state.parts.paths,
+                leak,
             )
         )
     relations = [
@@ -149,7 +151,7 @@ def _decide_vjp(vjp: str, bypasses: list[Decision]) -> tuple[str, list[Decision]
 
 
 def _check_arguments(rule: Any, vjp: Any, max_unroll: Any, max_slots: Any) -> None:
-    if not isinstance(rule, LocalRule):
+    if not isinstance(rule, LocalRule | GlobalRule):
         raise TypeError(
             f"rule: got {rule!r}, expected a learning rule such as DRTRL(). Pass an "
             "instance, not the class."
@@ -175,7 +177,7 @@ def compile(
     model: Any,
     state: PyTree,
     x: PyTree,
-    rule: LocalRule = DRTRL(),  # noqa: B008 a frozen module without arrays
+    rule: LocalRule | GlobalRule = DRTRL(),  # noqa: B008 a frozen module without arrays
     *,
     call: Callable[[Any, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
     trainable: PyTree = eqx.is_inexact_array,
@@ -248,7 +250,7 @@ def compile(
         for use in uses
     }
     groups, relations = _relate(
-        program, hidden, units, locality, staged, uses, names, op_rules
+        program, hidden, units, locality, staged, uses, names, op_rules, rule.leak
     )
     analysis = Analysis(
         program=program,
@@ -284,7 +286,7 @@ def _assemble(
     hidden: Hidden,
     groups: tuple[HiddenGroup, ...],
     relations: tuple[Relation, ...],
-    rule: LocalRule,
+    rule: LocalRule | GlobalRule,
     vjp: str,
     decisions: tuple[Decision, ...],
 ) -> ETraceGraph:

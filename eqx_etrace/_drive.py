@@ -14,9 +14,12 @@ from ._forward import Setting, at_step, moving_leaves, renew
 from ._graph import ETraceGraph
 from ._inputs import Inputs, check_lanes, check_time, read_inputs, window_of
 from ._jacobian import prepare
+from ._multi_step import multi_step_window
 from ._objective import Losses, Objective, count
+from ._rules import GlobalRule
+from ._space import trace_bytes
 from ._step import check_trace, init_trace, one_step, read_state
-from ._window import multi_step_window, single_step_window
+from ._window import single_step_window
 
 
 Reduction = Literal["sum", "mean"]
@@ -224,6 +227,8 @@ def sequence(
         initial = read_state(graph, params, new)[1]
     setting = Setting(graph, weights, prepared, inputs.moving, inputs.steps, initial)
     length = window or pick_window(setting, inputs, rest)
+    if isinstance(graph.rule, GlobalRule) and graph.vjp == "single-step":
+        length = 1  # A global rule has no other form of the same gradient.
     result, carry = _windows(
         setting, objective, length, Carry(start, trace, []), inputs, rest
     )
@@ -343,9 +348,11 @@ def pick_window(setting: Setting, inputs: Inputs, rest: Sequence) -> int:
     graph = setting.graph
     if graph.vjp == "multi-step":
         return HORIZON
+    if isinstance(graph.rule, GlobalRule):
+        return 1
     avals = [graph.program.avals[ref] for ref in graph.saved]
     step = sum(aval.size * jnp.dtype(aval.dtype).itemsize for aval in avals)
-    trace = sum(graph.rule.trace_bytes(relation) for relation in graph.relations)
+    trace = trace_bytes(graph)
     length = 16
     while length < 128 and 2 * length * step <= trace:
         length *= 2

@@ -14,7 +14,7 @@ from ._hidden import Hidden
 from ._jaxpr import Equation, Program
 from ._relation import Relation
 from ._report import Report, explain, report
-from ._rules import LocalRule
+from ._rules import GlobalRule, LocalRule
 from ._stage import Frozen, Leaves
 from ._structure import same_structure
 
@@ -47,7 +47,7 @@ class ETraceGraph(eqx.Module):
 
     groups: tuple[HiddenGroup, ...]
     relations: tuple[Relation, ...]
-    rule: LocalRule
+    rule: LocalRule | GlobalRule
     vjp: str = eqx.field(static=True)
     batch: int | None = eqx.field(static=True)
     decisions: tuple[Decision, ...] = eqx.field(static=True)

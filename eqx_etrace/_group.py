@@ -97,6 +97,8 @@ class HiddenGroup(eqx.Module):
     whole: tuple[Equation, ...] | None = eqx.field(static=True)
     """The equations from the old state to the new, nothing cut, where the true diagonal
     block has to be taken from the dense Jacobian."""
+    leak: float | None = eqx.field(static=True)
+    """What stands in for D, if anything, see `LocalRule.leak`."""
 
     @property
     def dtype(self) -> Any:

@@ -84,13 +84,15 @@ def run(
     x: Sequence[Any],
     *,
     at_door: Sequence[Any] | None = None,
+    cut_at_door: bool = False,
     edge: Mapping[Edge, Callable[[Any], Any]] | None = None,
     keep: Sequence[int] | None = None,
     body: Sequence[Equation] | None = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """One step of the full program: new state, output, and the values to keep, those
     of `graph.saved` unless others are named. `body` are its equations without those
-    whose values are in `shared` already."""
+    whose values are in `shared` already. `at_door` is added to the new hidden leaves;
+    with `cut_at_door` their derivative is that by this change alone."""
     first = graph.param_leaves.count
     env = dict(shared) | dict(
         zip(graph.program.inputs[first:], (*state, *x), strict=True)
@@ -98,7 +100,7 @@ def run(
     tap = {}
     if at_door is not None:
         for ref, change in zip(graph.hidden.doors, at_door, strict=True):
-            tap[ref] = _add(change)
+            tap[ref] = _add(change, cut_at_door)
     env = evaluate(graph.body if body is None else body, env, edge=edge, tap=tap)
     count = graph.state_leaves.parts.count
     outputs = [env[ref] for ref in graph.program.outputs]
@@ -106,7 +108,9 @@ def run(
     return outputs[:count], outputs[count:], [env[ref] for ref in kept]
 
 
-def _add(change: Any) -> Callable[[Any], Any]:
+def _add(change: Any, cut: bool) -> Callable[[Any], Any]:
+    if cut:
+        return lambda value: jax.lax.stop_gradient(value) + change
     return lambda value: value + change
 
 
@@ -132,6 +136,8 @@ def group_jacobian(
     for slot in range(group.slots):
         of_old, of_use, of_door = pull(group.seed(slot))
         row = group.read(dict(zip(group.own, of_old, strict=True)))
+        if group.leak is not None:
+            row = [jnp.full_like(entry, group.leak) for entry in row]
         transition.append(_keep(row, group.transition_matrix[slot]))
         row = group.read(dict(zip(group.own, of_door, strict=True)))
         within.append(_keep(row, group.within_matrix[slot]))

@@ -282,6 +282,20 @@ def _elementwise_body(jaxpr: Any) -> bool:
     return True
 
 
+def has_custom_vjp(equations: Iterable[Any]) -> bool:
+    """Whether any equation, or one inside of it, has a reverse rule of its own, and so
+    no forward mode."""
+    for equation in equations:
+        if equation.primitive is prims.custom_vjp_call_p:
+            return True
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if has_custom_vjp(getattr(inner, "eqns", ())):
+                    return True
+    return False
+
+
 def is_elementwise(equation: Equation, avals: tuple[Aval, ...]) -> bool:
     """Whether an inexact output element i reads, of what has a derivative, element i of
     each operand and nothing else."""

@@ -48,8 +48,9 @@ def make_group(
     number: int,
     uses: Sequence[int],
     paths: Sequence[str],
+    leak: float | None,
 ) -> HiddenGroup:
-    """Build group `number` with the uses related to it."""
+    """Build group `number` with the uses related to it; see `LocalRule.leak`."""
     table = units.elements[number]
     offsets = hidden.offsets
     leaf_of = np.searchsorted(offsets, table[0], side="right") - 1
@@ -70,8 +71,13 @@ def make_group(
     loops = [
         (e, locality.loops[e.index]) for e in equations if e.index in locality.loops
     ]
-    far = locality.scope == "unit" and (
-        bool(loops) or several_hops(program, locality, old, frozenset(doors))
+    far = (
+        leak is None
+        and locality.scope == "unit"
+        and (
+            bool(loops)
+            or several_hops(program, locality, old, frozenset(doors)) is not None
+        )
     )
     whole = local_equations(program, [*old, *uses], doors, {}) if far else None
     edges = [
@@ -97,9 +103,7 @@ def make_group(
         units=table.shape[0],
         slots=table.shape[1],
         leaves=tuple(str(paths[hidden.leaves[leaf]]) for leaf in leaf_of),
-        transition_matrix=_all_true(table.shape[1])
-        if far
-        else slot_matrix(matrices["old"], table.shape[1]),
+        transition_matrix=_transitions(matrices["old"], table.shape[1], far, leak),
         within_matrix=slot_matrix(matrices["doors"], table.shape[1]),
         order=tuple(sorted(range(len(leaf_of)), key=lambda s: written[slot_door[s]])),
         silent=tuple(_is_silent(program, locality, ref, doors) for ref in slot_door),
@@ -128,6 +132,7 @@ def make_group(
         own_pairs=tuple(pairs.arrays() for _, pairs in kept),
         loops=tuple(loops),
         whole=whole,
+        leak=leak,
     )
 
 
@@ -140,8 +145,14 @@ def _read(
     return (read | set(doors)) - made - set(old)
 
 
-def _all_true(slots: int) -> tuple[tuple[bool, ...], ...]:
-    return ((True,) * slots,) * slots
+def _transitions(
+    bits: Any, slots: int, far: bool, leak: float | None
+) -> tuple[tuple[bool, ...], ...]:
+    if leak is not None:
+        return tuple(
+            tuple(bool(leak) and s == t for t in range(slots)) for s in range(slots)
+        )
+    return ((True,) * slots,) * slots if far else slot_matrix(bits, slots)
 
 
 def _shared(hidden: Hidden, leaf_of: Any, units: int) -> set[int]:

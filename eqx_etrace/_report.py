@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ._decision import Decision, Kind
+from ._rules import LocalRule
+from ._space import trace_bytes
 
 
 if TYPE_CHECKING:
@@ -60,7 +62,9 @@ def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
             named = zip(relation.slots, relation.forms, strict=True)
             slots = ", ".join(leaves[slot] + form for slot, form in named)
             key = (relation.op.name, str(relation.group), f"trace on {slots}")
-            count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
+            count = 0  # The trace of a global rule is not that of one weight.
+            if isinstance(graph.rule, LocalRule):
+                count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
             bytes_[key] = bytes_.get(key, 0) + count
     rows = [(op, group, size(n), text) for (op, group, text), n in bytes_.items()]
     for decision in graph.decisions:
@@ -87,7 +91,7 @@ def _list(title: str, decisions: Sequence[Decision]) -> list[str]:
 
 def report(graph: "ETraceGraph") -> Report:
     """The text of `graph.report()`."""
-    total = sum(graph.rule.trace_bytes(relation) for relation in graph.relations)
+    total = trace_bytes(graph)
     batch = "unbatched" if graph.batch is None else f"batch {graph.batch}"
     rule = type(graph.rule).__name__
     rule += "" if graph.rule.scope == "local" else f"(scope='{graph.rule.scope}')"

@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
+from ._dynamics import advance_global, credit_global, init_global
 from ._errors import describe, dtype_of, is_array_like, sentence
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
@@ -29,6 +30,7 @@ from ._jacobian import (
     run,
     shared_env,
 )
+from ._rules import GlobalRule, LocalRule
 from ._same_step import partial_signal
 from ._stage import Frozen
 
@@ -51,6 +53,9 @@ def init_trace(graph: ETraceGraph) -> PyTree:
         trace = eqx_etrace.init_trace(graph)
         ```
     """
+
+    if isinstance(graph.rule, GlobalRule):
+        return init_global(graph, graph.rule)
 
     def lead(leaf: Any) -> Any:
         return (
@@ -152,18 +157,18 @@ def check_trace(graph: ETraceGraph, trace: PyTree) -> None:
     if jtu.tree_structure(trace) != jtu.tree_structure(expected):
         got, wanted = jtu.tree_structure(trace), jtu.tree_structure(expected)
         raise ValueError(sentence("trace", str(got), str(wanted), remedy))
-    for number, relation in enumerate(graph.relations):
-        pairs = zip(
-            jtu.tree_leaves(trace[number]),
-            jtu.tree_leaves(expected[number]),
-            strict=True,
-        )
-        for leaf, spec in pairs:
-            fits = is_array_like(leaf) and jnp.shape(leaf) == spec.shape
-            if not fits or dtype_of(leaf) != spec.dtype:
-                where = f"trace[{number}] of {relation.name}"
-                got, wanted = describe(leaf), describe(spec)
-                raise ValueError(sentence(where, got, wanted, remedy))
+    pairs = zip(
+        jtu.tree_leaves_with_path(trace), jtu.tree_leaves(expected), strict=True
+    )
+    for (path, leaf), spec in pairs:
+        fits = is_array_like(leaf) and jnp.shape(leaf) == spec.shape
+        if not fits or dtype_of(leaf) != spec.dtype:
+            where = "trace" + jtu.keystr(path)
+            if isinstance(graph.rule, LocalRule):
+                relation = graph.relations[path[0].idx]
+                where = f"trace[{path[0].idx}] of {relation.name}"
+            got, wanted = describe(leaf), describe(spec)
+            raise ValueError(sentence(where, got, wanted, remedy))
 
 
 def merge_graph(static: Frozen, arrays: PyTree) -> ETraceGraph:
@@ -182,11 +187,20 @@ def _forward(
     state: Any,
     x: Any,
     at_door: Any = None,
+    cut_at_door: bool = False,
     edge: Any = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     def one(weights: Any, prepared: Any, state: Any, x: Any, at_door: Any):
         shared = shared_env(graph, weights, prepared)
-        return run(graph, shared, state, x, at_door=at_door, edge=edge)
+        return run(
+            graph,
+            shared,
+            state,
+            x,
+            at_door=at_door,
+            cut_at_door=cut_at_door,
+            edge=edge,
+        )
 
     return _per_sample(graph, one, (None, None, 0, 0, 0))(
         weights, prepared, state, x, at_door
@@ -199,9 +213,13 @@ def _advance(
     prepared: Any,
     state: Any,
     trace: Any,
+    x: Any,
     saved: Any,
 ) -> tuple[Any, tuple[GroupJacobian, ...]]:
     """The new trace, and the Jacobians it was made with."""
+    if isinstance(graph.rule, GlobalRule):
+        args = weights, prepared, state, trace, x
+        return advance_global(graph, graph.rule, *args), ()
     shared = shared_env(graph, weights, prepared)
 
     def one(state: Any, saved: Any) -> Any:
@@ -232,6 +250,10 @@ def _credit(
     signal; without, they are by the old state and are the signal. A silent slot has a
     signal of zero, which costs nothing.
     """
+    if isinstance(graph.rule, GlobalRule):
+        more = credit_global(graph, graph.rule, trace, derivatives)
+        pairs = zip(gradients, more, strict=True)
+        return tuple(g if new is None else g + new for g, new in pairs)
 
     def signals(derivatives: Any, found: Any) -> Any:
         leaves = dict(enumerate(derivatives))
@@ -265,7 +287,7 @@ def _core(
 ) -> tuple[Any, Any, Any]:
     graph = merge_graph(static, arrays)
     new_state, out, saved = _forward(graph, weights, prepared, state, x)
-    new_trace, _ = _advance(graph, weights, prepared, state, trace, saved)
+    new_trace, _ = _advance(graph, weights, prepared, state, trace, x, saved)
     return out, new_state, new_trace
 
 
@@ -278,8 +300,12 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     graph = merge_graph(static, arrays)
     single = graph.vjp == "single-step"
     hidden = [state[i] for i in graph.hidden.leaves]
+    # A local rule does without what a weight with a trace does to other units at once;
+    # a global one counts it when it comes from the new state.
+    whole = isinstance(graph.rule, GlobalRule)
     related = {relation.edge for relation in graph.relations}
-    edge = dict.fromkeys(related, jax.lax.stop_gradient) if single else None
+    cut = single and not whole
+    edge = dict.fromkeys(related, jax.lax.stop_gradient) if cut else None
     moving = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(x[i]))
 
     def full(weights: Any, moved: Any, leaves: Any) -> Any:
@@ -290,7 +316,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
             for i, leaf in zip(graph.hidden.leaves, leaves, strict=True):
                 old[i] = leaf
         at_door = leaves if single else None
-        result = _forward(graph, weights, prepared, old, inputs, at_door, edge)
+        result = _forward(graph, weights, prepared, old, inputs, at_door, whole, edge)
         new_state, out, _ = result
         return [leaf for leaf in (*new_state, *out) if _inexact(leaf)], result
 
@@ -299,7 +325,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     _, pull, (new_state, out, saved) = jax.vjp(
         full, weights, moved, leaves, has_aux=True
     )
-    new_trace, found = _advance(graph, weights, prepared, state, trace, saved)
+    new_trace, found = _advance(graph, weights, prepared, state, trace, x, saved)
     kept = (new_trace, found) if single else (trace, None)
     marks = dict.fromkeys(moving)
     return (out, new_state, new_trace), (arrays, pull, kept, marks)

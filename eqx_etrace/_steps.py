@@ -14,9 +14,10 @@ from ._forward import Setting, forward, plan
 from ._graph import ETraceGraph
 from ._inputs import Inputs, read_inputs, window_of
 from ._jacobian import prepare
+from ._multi_step import forward_from, moved_trace, with_edge
 from ._stage import Frozen
 from ._step import check_trace, init_trace, instantiate, merge_graph, read_state
-from ._window import add_gradients, at_edge, forward_from, local_reads, moved_trace
+from ._window import local_reads
 
 
 def steps(
@@ -165,7 +166,7 @@ def _core(
 def _move(setting: Setting, state: Any, trace: Any, xs: Any) -> tuple[Any, Any, Any]:
     save = plan(setting.graph, local_reads(setting.graph)).save
     ran = forward(setting, state, xs, None, save, outputs=True)
-    return ran.outs, ran.state, moved_trace(setting, ran, trace, None)
+    return ran.outs, ran.state, moved_trace(setting, ran, state, trace, xs, None)
 
 
 def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
@@ -186,7 +187,7 @@ def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
     hidden = [state[i] for i in graph.hidden.leaves]
     changed = [xs[i] for i in moved]
     _, pull, ran = jax.vjp(full, weights, hidden, changed, has_aux=True)
-    new = moved_trace(setting, ran, trace, None)
+    new = moved_trace(setting, ran, state, trace, xs, None)
     kept = arrays, pull, trace, dict.fromkeys(moved)
     return (ran.outs, ran.state, new), kept
 
@@ -205,12 +206,11 @@ def _core_bwd(static: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         if _inexact(spec)
     ]
     of_weights, edge, of_moved = pull(given)
-    gradients = at_edge(graph, trace, edge)
     of_x: list[Any] = [None] * graph.x_leaves.count
     for i, cotangent in zip(moved, of_moved, strict=True):
         of_x[i] = cotangent
-    total = tuple(add_gradients(graph, of_weights, gradients))
-    return None, total, None, None, None, of_x
+    total = with_edge(graph, of_weights, trace, edge)
+    return None, tuple(total), None, None, None, of_x
 
 
 _core.defvjp(_core_fwd, _core_bwd, symbolic_zeros=True)

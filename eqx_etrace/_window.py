@@ -37,7 +37,7 @@ from ._jacobian import (
 from ._objective import Losses
 from ._readout import Readout, outputs_of, readout
 from ._relation import Relation
-from ._rules import GroupWindow, Window
+from ._rules import GroupWindow, LocalRule, Window
 
 
 def local_reads(graph: ETraceGraph) -> list[int]:
@@ -120,19 +120,25 @@ def credit(
     batch as one axis. Or else `edge`, per group and slot the derivative by the old
     state: then the gradient is that of the old trace alone.
     """
-    graph = setting.graph
+    graph, rule = setting.graph, _local(setting.graph)
     gradients, traces = [], []
     if trace is not None:
-        trace = graph.rule.whole(graph.relations, trace)
+        trace = rule.whole(graph.relations, trace)
     windows = _windows(setting, merged, totals, reset, edge=edge)
     for number, window in enumerate(windows):
         old = None if trace is None else trace[number]
         # Entries with time and batch in front meet those that have neither.
         with jax.numpy_rank_promotion("allow"):
-            gradient, new = graph.rule.window(window, old)
+            gradient, new = rule.window(window, old)
         gradients.append(gradient)
-        traces.append(graph.rule.kept(window.relation, new))
+        traces.append(rule.kept(window.relation, new))
     return gradients, tuple(traces)
+
+
+def _local(graph: ETraceGraph) -> LocalRule:
+    rule = graph.rule
+    assert isinstance(rule, LocalRule)  # The windows of others are in `_multi_step`.
+    return rule
 
 
 def _windows(
@@ -224,7 +230,7 @@ def single_step_window(
     ran = forward(setting, state, xs, reset, made.save)
     merged = values(setting, ran, made)
     length = _chunk(setting)
-    if trace is None and length is not None and graph.rule.by_adjoint:
+    if trace is None and length is not None and _local(graph).by_adjoint:
         result, total = _in_chunks(setting, ran, made, part, reset, losses, length)
         new = credit(setting, merged, None, None, reset)[1]
         return result, total, ran.state, new
@@ -278,6 +284,7 @@ def _in_chunks(
     """The losses and the gradient of a window that has run from a zero trace, by a few
     steps after the other, the last ones first."""
     graph, count = setting.graph, setting.steps // length
+    rule = _local(graph)
     setting = dataclasses.replace(setting, steps=length)
     lead = () if graph.batch is None else (graph.batch,)
     nothing = [
@@ -293,7 +300,7 @@ def _in_chunks(
         result, direct, totals = _signals(setting, part, merged, now)
         windows = _windows(setting, merged, totals, fresh, later)
         with jax.numpy_rank_promotion("allow"):
-            gradients = [graph.rule.from_adjoint(window) for window in windows]
+            gradients = [rule.from_adjoint(window) for window in windows]
         found = add_gradients(graph, direct, gradients)
         for window in windows:
             first = zip(
@@ -325,90 +332,3 @@ def add_gradients(
         if gradient is not None:
             total[relation.ref] = total[relation.ref] + gradient
     return [total[ref] for ref in graph.weights]
-
-
-def multi_step_window(
-    setting: Setting,
-    state: Sequence[Any],
-    trace: Sequence[Any] | None,
-    xs: Sequence[Any],
-    reset: Any | None,
-    losses: Losses,
-) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
-    """The same by reverse mode within the window, and by the trace at its start."""
-    graph = setting.graph
-
-    def outputs(weights: Any, hidden: Any) -> Any:
-        ran = forward_from(setting, weights, state, hidden, xs, reset)
-        return [leaf for leaf in ran.outs or () if _inexact(leaf)], ran
-
-    hidden = [state[i] for i in graph.hidden.leaves]
-    _, pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
-    result, given = losses(ran.outs)
-    direct, edge = pull(given)
-    gradients, new = _moved(setting, ran, trace, reset, edge)
-    return result, add_gradients(graph, direct, gradients), ran.state, new
-
-
-def forward_from(
-    setting: Setting,
-    weights: Any,
-    state: Sequence[Any],
-    hidden: Sequence[Any],
-    xs: Sequence[Any],
-    reset: Any | None,
-) -> Forward:
-    """The plain steps as a function of the weights and the hidden leaves."""
-    graph, start = setting.graph, list(state)
-    for i, leaf in zip(graph.hidden.leaves, hidden, strict=True):
-        start[i] = leaf
-    setting = dataclasses.replace(setting, weights=weights)
-    save = plan(graph, local_reads(graph)).save
-    return forward(setting, start, xs, reset, save, outputs=True, derivatives=True)
-
-
-def moved_trace(
-    setting: Setting,
-    ran: Forward,
-    trace: Sequence[Any] | None,
-    reset: Any | None,
-) -> tuple[Any, ...]:
-    """The trace after a window that has run with what `local_reads` names."""
-    return _moved(setting, ran, trace, reset, None)[1]
-
-
-def _moved(
-    setting: Setting,
-    ran: Forward,
-    trace: Sequence[Any] | None,
-    reset: Any | None,
-    edge: Sequence[Any] | None,
-) -> tuple[list[Any | None], tuple[Any, ...]]:
-    """The same, and per relation what the old trace gives for the derivatives by the
-    old hidden leaves."""
-    graph = setting.graph
-    merged = values(setting, ran, plan(graph, local_reads(graph)))
-    at_start = None if edge is None else _signals_of(graph, edge)
-    return credit(setting, merged, trace, None, reset, at_start)
-
-
-def _signals_of(graph: ETraceGraph, derivatives: Sequence[Any]) -> list[Any]:
-    """Derivatives by hidden leaves, per group and slot."""
-    leaves, found = dict(enumerate(derivatives)), []
-    for group in graph.groups:
-        read = group.read if graph.batch is None else jax.vmap(group.read)
-        found.append(read(leaves))
-    return found
-
-
-def at_edge(
-    graph: ETraceGraph, trace: Sequence[Any] | None, edge: Sequence[Any]
-) -> list[Any | None]:
-    """Per relation what its trace gives for the derivatives by the hidden leaves."""
-    if trace is None:
-        return [None for _ in graph.relations]
-    whole, signals = graph.rule.whole(graph.relations, trace), _signals_of(graph, edge)
-    return [
-        graph.rule.gradient(relation, entries, signals[relation.group])
-        for relation, entries in zip(graph.relations, whole, strict=True)
-    ]

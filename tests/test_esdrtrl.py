@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import spike
 from oracles import assert_same_gradient, online, quick_jit
-from windows import assert_same, chain, differ, squares
+from windows import assert_same, chain, differ, local, squares
 
 import eqx_etrace as etrace
 from eqx_etrace._rules import FactorisedTrace
@@ -148,7 +148,7 @@ def test_the_correction_counts_the_steps_of_evolve(window):
     _, *carried = etrace.evolve(graph, params, state, None, xs[:5])
     found, *got = run(params, *carried, xs[5:], ts[5:])
     assert_same([found, *got], [losses[5:], *expected])
-    for _, _, weight in graph.rule.whole(graph.relations, got[-1]):
+    for _, _, weight in local(graph).whole(graph.relations, got[-1]):
         np.testing.assert_allclose(weight, 1 - 0.9**9, rtol=1e-12)
 
 
@@ -159,17 +159,19 @@ def test_the_trace_is_as_large_as_activations(slots, batch):
     lead = () if batch is None else (batch,)
     # Of the two products; a gain has a trace as large as itself.
     kept = etrace.init_trace(graph)
-    whole = graph.rule.whole(graph.relations, kept)
+    whole = local(graph).whole(graph.relations, kept)
     for relation, trace in list(zip(graph.relations, whole, strict=True))[:2]:
         outputs, inputs = relation.weight_shape
         assert isinstance(trace, FactorisedTrace)
+        assert trace.presynaptic is not None and trace.postsynaptic is not None
+        assert trace.weight is not None
         assert trace.presynaptic.shape == (*lead, 1, inputs)
         assert [f.shape for f in trace.postsynaptic] == [(*lead, outputs)] * slots
         assert trace.weight.shape == lead
         size = inputs if relation.same_x is None else 0
         size += outputs * slots + 1 if relation.same_df is None else 0
-        assert graph.rule.trace_bytes(relation) == 8 * size
-    sizes = sum(graph.rule.trace_bytes(relation) for relation in graph.relations)
+        assert local(graph).trace_bytes(relation) == 8 * size
+    sizes = sum(local(graph).trace_bytes(relation) for relation in graph.relations)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) == (batch or 1) * sizes
 
 
@@ -221,7 +223,7 @@ def test_what_relations_share_is_kept_once(window, batch):
     for g in (graph, other):
         run = quick_jit(etrace.value_and_grad(g, squares, window=window))
         _, grads, _, trace = run(g.params(net), state, None, xs, ts)
-        found.append((grads, g.rule.whole(g.relations, trace)))
+        found.append((grads, local(g).whole(g.relations, trace)))
         size = sum(leaf.size for leaf in jax.tree.leaves(trace))
         bytes_of = sum(map(rule.trace_bytes, g.relations))
         assert 8 * size == (batch or 1) * bytes_of

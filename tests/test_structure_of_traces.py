@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import spike
 from oracles import assert_same_gradient, bptt, problem, quick_jit
-from windows import differ, of_catalogue, squares
+from windows import differ, local, of_catalogue, squares
 
 import eqx_etrace as etrace
 
@@ -130,7 +130,7 @@ def test_traces_are_vectors_where_all_units_agree(name):
     relation, trace = graph.relations[number], etrace.init_trace(graph)[number]
     assert [leaf.shape for leaf in trace] == CELLS[name][1]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(trace))
-    assert graph.rule.trace_bytes(relation) == size
+    assert local(graph).trace_bytes(relation) == size
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -159,7 +159,7 @@ def test_a_unit_without_a_past_keeps_no_array():
         leaves = jax.tree.leaves(entry)
         assert all(leaf.size <= max(relation.weight_shape) for leaf in leaves)
         size = sum(leaf.nbytes for leaf in leaves)
-        assert graph.rule.trace_bytes(relation) == size
+        assert local(graph).trace_bytes(relation) == size
         if len(relation.weight_shape) == 2:
             assert relation.links == ((),)
             assert size == 8 * sum(relation.weight_shape)
@@ -183,7 +183,7 @@ def _plain(graph):
 
 def _assert_same_without(graph, params, state, xs, ts):
     plain = _plain(graph)
-    sizes = [sum(g.rule.trace_bytes(r) for r in g.relations) for g in (graph, plain)]
+    sizes = [sum(local(g).trace_bytes(r) for r in g.relations) for g in (graph, plain)]
     assert sizes[0] < sizes[1]
 
     @quick_jit

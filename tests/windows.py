@@ -13,6 +13,13 @@ from models import IN, MODELS, OUT, random_state, sequence
 from oracles import assert_same_gradient
 
 import eqx_etrace as etrace
+from eqx_etrace._rules import LocalRule
+
+
+def local(graph: etrace.ETraceGraph) -> LocalRule:
+    """Its rule, which is a local one."""
+    assert isinstance(graph.rule, LocalRule)
+    return graph.rule
 
 
 def squares(out, target):

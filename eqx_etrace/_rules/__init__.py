@@ -3,4 +3,12 @@
 from ._base import LocalRule as LocalRule, RelationJacobian as RelationJacobian
 from ._drtrl import DRTRL as DRTRL
 from ._esdrtrl import ESDRTRL as ESDRTRL, FactorisedTrace as FactorisedTrace
+from ._global import (
+    Dynamics as Dynamics,
+    GlobalRule as GlobalRule,
+    Sizes as Sizes,
+)
+from ._named import OSTL as OSTL, OTTT as OTTT, Immediate as Immediate
+from ._rtrl import RTRL as RTRL
+from ._uoro import UORO as UORO, RankOne as RankOne
 from ._window import GroupWindow as GroupWindow, Window as Window

@@ -65,6 +65,14 @@ class LocalRule(eqx.Module):
     by_adjoint: ClassVar[bool] = False
     """Whether the rule has `from_adjoint`."""
 
+    @property
+    def leak(self) -> float | None:
+        """A number in place of D, None to take D as it is.
+
+        The trace of every slot then decays by it at each step, and slots act on each
+        other within a step alone. 0 leaves no past at all."""
+        return None
+
     @abstractmethod
     def init(self, relation: Relation) -> PyTree:
         """The zero trace of one sample."""

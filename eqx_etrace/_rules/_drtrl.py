@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -64,6 +64,10 @@ class DRTRL(LocalRule):
 
         Neither diagonal is closer to the gradient of backpropagation on every model.
 
+    - `recursion`: `"jacobian"`, the default, takes the diagonal as it is. A number from
+      0 to 1 stands in for it: all traces of a unit decay by that number at each step,
+      as in RFLO, whatever the unit does. With 0 there is no past, see
+      `eqx_etrace.Immediate`.
     - `trace_dtype`: the dtype in which large traces are kept between steps, such as
       `jnp.bfloat16` for half the memory and a rounding error of 0.4 % a step. None,
       the default, is that of the state.
@@ -87,9 +91,21 @@ class DRTRL(LocalRule):
 
     scope: Scope = eqx.field(static=True, default="local")
     trace_dtype: Any = eqx.field(static=True, default=None)
+    recursion: Literal["jacobian"] | float = eqx.field(static=True, default="jacobian")
 
     def __check_init__(self) -> None:
         check_scope(self.scope)
+        number = isinstance(self.recursion, float | int) and 0 <= self.recursion <= 1
+        if self.recursion != "jacobian" and not number:
+            raise ValueError(
+                f"recursion: got {self.recursion!r}, expected 'jacobian' or a number "
+                "from 0 to 1. Leave it out for D-RTRL."
+            )
+        if self.leak is not None and self.scope != "local":
+            raise ValueError(
+                f"scope: got {self.scope!r} beside recursion={self.recursion!r}, "
+                "expected 'local': a number has no diagonal to choose. Leave one out."
+            )
         floating = self.trace_dtype is None or jnp.issubdtype(
             self.trace_dtype, jnp.floating
         )
@@ -98,6 +114,11 @@ class DRTRL(LocalRule):
                 f"trace_dtype: got {self.trace_dtype!r}, expected a real "
                 "floating-point dtype or None. Try jnp.bfloat16."
             )
+
+    @property
+    def leak(self) -> float | None:
+        """The recursion, if it is a number."""
+        return None if self.recursion == "jacobian" else float(self.recursion)
 
     def _stored(self, dtype: Any) -> Any:
         """The dtype in which an array of this dtype is kept."""

@@ -1,0 +1,91 @@
+"""The hidden state and the weights as vectors, as a `GlobalRule` works with them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from ._locality import flow
+from ._rules import GlobalRule, Sizes
+
+
+if TYPE_CHECKING:
+    from ._graph import ETraceGraph
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Leaves in one real vector, a complex one as its real, then its imaginary part."""
+
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+    dtype: Any
+
+    @property
+    def size(self) -> int:
+        return sum(map(_numbers, self.specs))
+
+    def pack(self, leaves: Sequence[Any]) -> Any:
+        parts = []
+        for leaf in leaves:
+            pair = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+            parts += [part.ravel().astype(self.dtype) for part in pair]
+        return jnp.concatenate(parts)
+
+    def unpack(self, vector: Any) -> list[Any]:
+        found, start = [], 0
+        for spec in self.specs:
+            part = vector[start : start + _numbers(spec)]
+            start += _numbers(spec)
+            if jnp.issubdtype(spec.dtype, jnp.complexfloating):
+                part = jax.lax.complex(*jnp.split(part, 2))
+            found.append(part.reshape(spec.shape).astype(spec.dtype))
+        return found
+
+
+def _numbers(spec: Any) -> int:
+    size = math.prod(spec.shape)
+    return 2 * size if jnp.issubdtype(spec.dtype, jnp.complexfloating) else size
+
+
+@dataclasses.dataclass(frozen=True)
+class Spaces:
+    """Those of the hidden state and of the weights that reach it."""
+
+    states: Space
+    weights: Space
+    reaching: tuple[int, ...]
+    """Their positions in `graph.weights`."""
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.states.size, self.weights.size, self.states.dtype)
+
+
+def spaces(graph: "ETraceGraph") -> Spaces:
+    avals, doors = graph.program.avals, set(graph.hidden.doors)
+    reaching = tuple(
+        k
+        for k, ref in enumerate(graph.weights)
+        if avals[ref].inexact and doors & flow(graph.program, [ref])[0]
+    )
+    specs = [
+        tuple(jax.ShapeDtypeStruct(avals[ref].shape, avals[ref].dtype) for ref in refs)
+        for refs in (graph.hidden.old, [graph.weights[k] for k in reaching])
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        found = jnp.result_type(*(spec.dtype for spec in (*specs[0], *specs[1])))
+    dtype = jnp.finfo(found).dtype
+    return Spaces(Space(specs[0], dtype), Space(specs[1], dtype), reaching)
+
+
+def trace_bytes(graph: "ETraceGraph") -> int:
+    """Bytes of the trace of one sample, of a local or a global rule."""
+    rule = graph.rule
+    if not isinstance(rule, GlobalRule):
+        return sum(rule.trace_bytes(relation) for relation in graph.relations)
+    made = jax.eval_shape(lambda: rule.init(spaces(graph).sizes, jnp.asarray(0)))
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+    return int(sum(sizes))
