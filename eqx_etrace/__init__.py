@@ -27,6 +27,7 @@ from ._rules import (
     RTRL as RTRL,
     UORO as UORO,
     Immediate as Immediate,
+    SnAp as SnAp,
 )
 from ._step import init_trace as init_trace, step as step
 from ._steps import evolve as evolve, steps as steps

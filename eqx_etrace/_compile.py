@@ -10,6 +10,7 @@ find_bypasses   whether the new state is the only way out
 with_facts      which traces are the same for all units
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,8 +19,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ._bind import structure
 from ._canonicalise import canonicalise, nested
-from ._credit import Analysis, decide, find_bypasses, unrelated_uses
+from ._credit import (
+    Analysis,
+    decide,
+    find_bypasses,
+    of_whole_state,
+    unrelated_uses,
+)
 from ._decision import Decision, Kind
 from ._errors import CompileError
 from ._graph import ETraceGraph
@@ -39,6 +47,7 @@ from ._relation import (
     related_groups,
 )
 from ._rules import DRTRL, GlobalRule, LocalRule
+from ._space import credited
 from ._stage import Staged, stage
 from ._units import Units, find_units
 
@@ -92,7 +101,7 @@ def _relate(
     uses: Sequence[Use],
     names: dict[int, tuple[str, ...]],
     op_rules: OpRules,
-    leak: float | None,
+    rule: LocalRule | GlobalRule,
 ) -> tuple[tuple[HiddenGroup, ...], tuple[Relation, ...]]:
     pairs = [(use, n) for use in uses for n in related_groups(use, units, locality)]
     groups = []
@@ -107,7 +116,7 @@ def _relate(
                 number,
                 tuple(ys),
                 staged.state.parts.paths,
-                leak,
+                rule.leak,
             )
         )
     relations = [
@@ -116,7 +125,7 @@ def _relate(
         )
         for use, n in pairs
     ]
-    if not relations:
+    if not relations and isinstance(rule, LocalRule):
         raise CompileError(_no_relation(staged, groups))
     return tuple(groups), tuple(relations)
 
@@ -250,7 +259,7 @@ def compile(
         for use in uses
     }
     groups, relations = _relate(
-        program, hidden, units, locality, staged, uses, names, op_rules, rule.leak
+        program, hidden, units, locality, staged, uses, names, op_rules, rule
     )
     analysis = Analysis(
         program=program,
@@ -276,6 +285,10 @@ def compile(
         chosen,
         (*decide(analysis), *rewritten, *bypasses),
     )
+    if isinstance(rule, GlobalRule):
+        bound = rule.bound(lambda: structure(graph, reads))
+        kept = of_whole_state(graph.decisions, credited(graph))
+        return dataclasses.replace(graph, rule=bound, decisions=kept)
     return with_facts(graph)
 
 

@@ -208,6 +208,22 @@ def _layers(a: Analysis) -> list[Decision]:
     return found
 
 
+def of_whole_state(
+    decisions: Sequence[Decision], credited: frozenset[str]
+) -> tuple[Decision, ...]:
+    """Those that hold where a rule follows the whole state: nothing is cut, and a
+    weight needs no unit of its own for its credit."""
+    of_units = {Kind.RELATION, Kind.CUT, Kind.ACROSS_GROUPS, Kind.DENSE, Kind.BY_AD}
+    return tuple(
+        decision
+        for decision in decisions
+        if decision.kind not in of_units
+        and not (
+            decision.kind is Kind.CURRENT_STEP and credited.issuperset(decision.weight)
+        )
+    )
+
+
 def unrelated_uses(
     uses: Sequence[Use],
     relations: Sequence[Relation],

@@ -14,6 +14,7 @@ from ._custom_types import Labels
 from ._flatten import Convert, flatten_body
 from ._jaxpr import Equation, Origin, Program, Ref, loop_counts
 from ._loop import Loop, loop_origins
+from ._pattern import identity, through
 
 
 # No unit reads more elements than this, and beyond it the matrices fill up.
@@ -66,7 +67,7 @@ def loop_reads(loop: Loop, reads: Any) -> list[list[Labels]]:
     length = params["length"]
     sizes = [body.avals[ref].size for ref in body.inputs]
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    found = _through(loop, reads, starts)
+    found = _through(loop, reads)
     carried = slice(starts[first], starts[first + count])
     outputs = [_matrix(found, body, ref, starts[-1]) for ref in body.outputs]
     state, rows = outputs[:count], outputs[count:]
@@ -95,42 +96,15 @@ def loop_reads(loop: Loop, reads: Any) -> list[list[Labels]]:
     return tables
 
 
-def _through(loop: Loop, reads: Any, starts: Labels) -> dict[int, Any]:
-    from scipy.sparse import csr_matrix
-
-    body, found = loop.body, {}
-    for ref, start in zip(body.inputs, starts[:-1], strict=True):
-        if body.origins[ref] is Origin.DATA and body.avals[ref].inexact:
-            size = body.avals[ref].size
-            where = (np.arange(size), start + np.arange(size))
-            shape = (size, int(starts[-1]))
-            found[ref] = csr_matrix((np.ones(size, bool), where), shape=shape)
-    for equation in body.equations:
-        if not equation.differentiable:
-            continue
-        for k, ref in equation.operands:
-            if ref not in found or (equation.index, k) in loop.cuts:
-                continue
-            arrays = zip(equation.outputs, reads(equation, k), strict=True)
-            for out, array in arrays:
-                if body.avals[out].inexact:
-                    term = _select(array, found[ref], body.avals[out].size)
-                    found[out] = found[out] + term if out in found else term
-    return found
-
-
-def _select(array: Labels, matrix: Any, size: int) -> Any:
-    """The rows of the operand's matrix that each output element reads, together."""
-    from scipy.sparse import csr_matrix
-
-    if array is None:
-        union = csr_matrix(matrix.sum(axis=0) > 0)
-        return csr_matrix(np.ones((size, 1), bool)) @ union
-    rows = array.reshape(array.shape[0], -1)
-    used = rows >= 0
-    where = (np.broadcast_to(np.arange(size), rows.shape)[used], rows[used])
-    shape = (size, matrix.shape[0])
-    return csr_matrix((np.ones(used.sum(), bool), where), shape=shape) @ matrix
+def _through(loop: Loop, reads: Any) -> dict[int, Any]:
+    body = loop.body
+    sizes = {ref: body.avals[ref].size for ref in body.inputs}
+    found = {
+        ref: matrix
+        for ref, matrix in identity(sizes).items()
+        if body.origins[ref] is Origin.DATA and body.avals[ref].inexact
+    }
+    return through(body.equations, body.avals, reads, found, loop.cuts)
 
 
 def _matrix(found: Mapping[int, Any], body: Program, ref: int, width: Any) -> Any:

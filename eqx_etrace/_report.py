@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ._decision import Decision, Kind
-from ._rules import LocalRule
-from ._space import trace_bytes
+from ._rules import GlobalRule, LocalRule
+from ._space import credited, trace_bytes
 
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def _weights(graph: "ETraceGraph") -> list[str]:
 
 def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
     """The rows of one weight: its uses with a trace, then those without."""
+    if isinstance(graph.rule, GlobalRule) and path in credited(graph):
+        return [("-", "-", "in one", graph.rule.credit)]
     bytes_: dict[tuple[str, str, str], int] = {}
     for relation in graph.relations:
         if path in relation.weight:
@@ -62,9 +64,8 @@ def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
             named = zip(relation.slots, relation.forms, strict=True)
             slots = ", ".join(leaves[slot] + form for slot, form in named)
             key = (relation.op.name, str(relation.group), f"trace on {slots}")
-            count = 0  # The trace of a global rule is not that of one weight.
-            if isinstance(graph.rule, LocalRule):
-                count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
+            assert isinstance(graph.rule, LocalRule)
+            count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
             bytes_[key] = bytes_.get(key, 0) + count
     rows = [(op, group, size(n), text) for (op, group, text), n in bytes_.items()]
     for decision in graph.decisions:

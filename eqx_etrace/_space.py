@@ -81,6 +81,13 @@ def spaces(graph: "ETraceGraph") -> Spaces:
     return Spaces(Space(specs[0], dtype), Space(specs[1], dtype), reaching)
 
 
+def credited(graph: "ETraceGraph") -> frozenset[str]:
+    """The key paths of the params that reach the hidden state."""
+    doors, program = set(graph.hidden.doors), graph.program
+    pairs = zip(graph.param_leaves.paths, program.inputs, strict=False)
+    return frozenset(path for path, ref in pairs if doors & flow(program, [ref])[0])
+
+
 def trace_bytes(graph: "ETraceGraph") -> int:
     """Bytes of the trace of one sample, of a local or a global rule."""
     rule = graph.rule

@@ -7,8 +7,10 @@ from ._global import (
     Dynamics as Dynamics,
     GlobalRule as GlobalRule,
     Sizes as Sizes,
+    Structure as Structure,
 )
 from ._named import OSTL as OSTL, OTTT as OTTT, Immediate as Immediate
 from ._rtrl import RTRL as RTRL
+from ._snap import SnAp as SnAp
 from ._uoro import UORO as UORO, RankOne as RankOne
 from ._window import GroupWindow as GroupWindow, Window as Window

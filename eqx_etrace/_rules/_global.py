@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._custom_types import Scope
@@ -18,6 +19,19 @@ class Sizes(NamedTuple):
     states: int
     weights: int
     dtype: Any
+
+
+class Structure(NamedTuple):
+    """What the compiler knows of a step: sparse boolean matrices (`scipy.sparse`).
+
+    - `transition`: states x states, whether an old number acts on a new one.
+    - `direct`: states x weights, whether a number of a weight acts on a new one.
+    - `units`: states x states, whether two belong to one unit.
+    """
+
+    transition: Any
+    direct: Any
+    units: Any
 
 
 class Dynamics:
@@ -42,9 +56,8 @@ class Dynamics:
         self._at = states, weights
         _, pull = jax.vjp(step, *self._at)
         self._pull = pull
-        if transposed:  # There is no forward mode of a `custom_vjp`.
-            transpose = jax.linear_transpose(pull, states)
-            self._push = lambda *change: transpose(change)[0]
+        if transposed:
+            self._push = _transposed(pull, states, weights)
         else:
             self._push = jax.linearize(step, *self._at)[1]
 
@@ -54,7 +67,7 @@ class Dynamics:
         weights: Shaped[Array, " weights"] | None = None,
     ) -> Shaped[Array, " states"]:
         """How the new state changes with the old one, and with the weights."""
-        zeros = jax.tree.map(jax.numpy.zeros_like, self._at[1])
+        zeros = jnp.zeros_like(self._at[1])
         return self._push(states, zeros if weights is None else weights)
 
     def vjp(
@@ -65,6 +78,22 @@ class Dynamics:
         return self._pull(states)
 
 
+def _transposed(pull: Callable[..., Any], states: Any, weights: Any) -> Any:
+    """Forward mode from reverse mode, for what has a reverse rule of its own."""
+    transpose = jax.linear_transpose(pull, states)
+
+    def push(*change: Any) -> Any:
+        return transpose(change)[0]
+
+    try:
+        jax.eval_shape(push, states, weights)
+    except ValueError:  # The rule has a loop of its own, which cannot be turned round.
+        units = jnp.eye(states.size, dtype=states.dtype)
+        rows = jax.vmap(pull)(units)
+        return lambda *change: sum(map(jnp.dot, rows, change), jnp.zeros_like(states))
+    return push
+
+
 class GlobalRule(eqx.Module):
     """A learning rule that follows how all weights have acted on the whole state.
 
@@ -73,7 +102,15 @@ class GlobalRule(eqx.Module):
     """
 
     scope: ClassVar[Scope] = "local"
+    credit: ClassVar[str] = "through the whole state"
+    """What a weight that reaches the state gets, for the report."""
     leak: ClassVar[float | None] = None
+
+    def bound(self, structure: Callable[[], Structure]) -> "GlobalRule":
+        """The rule for the step whose structure this gives; itself, if that is enough.
+        The compiler calls it once."""
+        del structure
+        return self
 
     @abstractmethod
     def init(self, sizes: Sizes, sample: Int[Array, ""]) -> PyTree:

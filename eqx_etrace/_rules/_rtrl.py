@@ -1,5 +1,7 @@
 """RTRL: the exact derivative of the hidden state by all weights."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -32,6 +34,8 @@ class RTRL(GlobalRule):
         graph = eqx_etrace.compile(net, state, x, rule=eqx_etrace.RTRL())
         ```
     """
+
+    credit: ClassVar[str] = "through the whole state, exact"
 
     def init(
         self, sizes: Sizes, sample: Int[Array, ""]

@@ -1,6 +1,6 @@
 """UORO: an unbiased estimate of RTRL of rank one."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ class UORO(GlobalRule):
         graph = eqx_etrace.compile(net, state, x, rule=rule)
         ```
     """
+
+    credit: ClassVar[str] = "through the whole state, an unbiased estimate"
 
     key: PRNGKeyArray
 
