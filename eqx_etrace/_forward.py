@@ -155,7 +155,7 @@ def forward(
     """
     graph, env = setting.graph, setting.env
     inputs = _inputs(setting, xs)
-    ahead = _ahead(graph, () if derivatives else setting.moving)
+    ahead = _ahead(graph, () if derivatives else setting.moving, save)
     made = _made_ahead(setting, ahead, inputs)
     rest = [ref for ref in save if ref not in made]
 
@@ -190,11 +190,11 @@ class _Ahead(NamedTuple):
 
     equations: tuple[Equation, ...]
     made: tuple[int, ...]
-    """The values that the rest of the step reads."""
+    """The values that are read by the rest of the step, given back or saved."""
     rest: tuple[Equation, ...]
 
 
-def _ahead(graph: ETraceGraph, moving: Sequence[bool]) -> _Ahead:
+def _ahead(graph: ETraceGraph, moving: Sequence[bool], save: Sequence[int]) -> _Ahead:
     """The products of x with weights and the like, and what these are made of.
 
     Values much larger than the state stay where they are: a window would hold many.
@@ -221,7 +221,7 @@ def _ahead(graph: ETraceGraph, moving: Sequence[bool]) -> _Ahead:
     written = {ref for equation in kept for ref in equation.outputs}
     rest = tuple(equation for equation in graph.body if equation not in kept)
     read = {ref for equation in rest for ref in equation.values}
-    made = written & (read | set(program.outputs))
+    made = written & {*read, *program.outputs, *save}
     return _Ahead(tuple(kept), tuple(sorted(made)), rest)
 
 

@@ -111,7 +111,8 @@ def test_masks_and_resets_in_the_loop_by_hand():
         got = run(*carry, xs, ts, mask, reset=reset, initial=initial)
         zeros = jax.tree.map(jnp.zeros_like, state)
         start = zeros if initial is None else initial
-        _identical(got, by_hand(carry, xs, ts, mask, reset, start))
+        # XLA of JAX 0.12 rounds a masked loss otherwise in another program.
+        assert_same(got, by_hand(carry, xs, ts, mask, reset, start), rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["lif", "layernorm_between"])
