@@ -25,6 +25,7 @@ from ._rules import (
     OSTL as OSTL,
     OTTT as OTTT,
     RTRL as RTRL,
+    SKRTRL as SKRTRL,
     UORO as UORO,
     Immediate as Immediate,
     SnAp as SnAp,

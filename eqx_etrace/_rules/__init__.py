@@ -11,6 +11,7 @@ from ._global import (
 )
 from ._named import OSTL as OSTL, OTTT as OTTT, Immediate as Immediate
 from ._rtrl import RTRL as RTRL
+from ._skrtrl import SKRTRL as SKRTRL, Sketch as Sketch
 from ._snap import SnAp as SnAp
 from ._uoro import UORO as UORO, RankOne as RankOne
 from ._window import GroupWindow as GroupWindow, Window as Window

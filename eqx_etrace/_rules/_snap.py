@@ -54,7 +54,7 @@ def SnAp(order: int) -> "DRTRL | SparseRTRL":  # noqa: N802
     return DRTRL(scope="unit") if order == 1 else SparseRTRL(order)
 
 
-class _Plan(eqx.Module):
+class Plan(eqx.Module):
     """Where the entries of J are, and what they are made of; all arrays of integers."""
 
     kept: tuple[Any, Any]
@@ -73,6 +73,29 @@ class _Plan(eqx.Module):
     by_row: Any
     """The colour of each row of the direct part."""
 
+    def step(
+        self,
+        dynamics: Dynamics,
+        transition: Shaped[Array, " moves"],
+        trace: Shaped[Array, " entries"],
+    ) -> Shaped[Array, " entries"]:
+        """D J + dh/dw on these entries, from the entries of D and of J."""
+        rows = jnp.arange(self.colours[1], dtype=jnp.int32)
+        seeds = (rows[:, None] == self.by_row[None]).astype(trace.dtype)
+        pulled = jax.vmap(lambda seed: dynamics.vjp(seed)[1])(seeds)
+        new, move, old = self.terms
+        terms = transition[move] * trace[old]
+        total = jax.ops.segment_sum(terms, new, trace.size, indices_are_sorted=True)
+        entry, column, colour = self.fresh
+        return total.at[entry].add(pulled[colour, column], unique_indices=True)
+
+    def pulled(
+        self, trace: Shaped[Array, " entries"], signal: Shaped[Array, " states"]
+    ) -> Shaped[Array, " weights"]:
+        """signal . J."""
+        row, column = self.kept
+        return jax.ops.segment_sum(signal[row] * trace, column, self.weights)
+
 
 class SparseRTRL(GlobalRule):
     """What `SnAp` gives for an order of at least 2."""
@@ -80,53 +103,46 @@ class SparseRTRL(GlobalRule):
     credit: ClassVar[str] = "through what it can reach within a few steps, see `SnAp`"
 
     order: int = eqx.field(static=True)
-    plan: _Plan | None = None
+    plan: Plan | None = None
 
     def bound(self, structure: Callable[[], Structure]) -> "SparseRTRL":
         """With the pattern that the step has."""
-        return SparseRTRL(self.order, _make_plan(structure(), self.order))
+        return SparseRTRL(self.order, make_plan(structure(), self.order))
 
     @property
-    def _plan(self) -> _Plan:
+    def _bound_plan(self) -> Plan:
         assert self.plan is not None  # The compiler has bound it.
         return self.plan
 
     def init(self, sizes: Sizes, sample: Int[Array, ""]) -> Shaped[Array, " entries"]:
         """Zeros, one for each entry of the pattern."""
         del sample
-        return jnp.zeros(self._plan.kept[0].shape, sizes.dtype)
+        return jnp.zeros(self._bound_plan.kept[0].shape, sizes.dtype)
 
     def update(
         self, dynamics: Dynamics, trace: Shaped[Array, " entries"]
     ) -> Shaped[Array, " entries"]:
         """One step of the recursion above."""
-        plan, sizes = self._plan, dynamics.sizes
-        columns, rows = (jnp.arange(n, dtype=jnp.int32) for n in plan.colours)
+        plan, sizes = self._bound_plan, dynamics.sizes
+        columns = jnp.arange(plan.colours[0], dtype=jnp.int32)
         seeds = (columns[:, None] == plan.by_column[None]).astype(sizes.dtype)
         pushed = jax.vmap(dynamics.jvp)(seeds)
         row, _, colour = plan.moves
-        transition = pushed[colour, row]
-        seeds = (rows[:, None] == plan.by_row[None]).astype(sizes.dtype)
-        pulled = jax.vmap(lambda seed: dynamics.vjp(seed)[1])(seeds)
-        entry, column, colour = plan.fresh
-        new, move, old = plan.terms
-        terms = transition[move] * trace[old]
-        total = jax.ops.segment_sum(terms, new, trace.size, indices_are_sorted=True)
-        return total.at[entry].add(pulled[colour, column], unique_indices=True)
+        return plan.step(dynamics, pushed[colour, row], trace)
 
     def gradient(
         self, trace: Shaped[Array, " entries"], signal: Shaped[Array, " states"]
     ) -> Shaped[Array, " weights"]:
         """signal . J."""
-        row, column = self._plan.kept
-        return jax.ops.segment_sum(signal[row] * trace, column, self._plan.weights)
+        return self._bound_plan.pulled(trace, signal)
 
 
 # Terms of the product D J, each an addition a step and three numbers in memory.
 _MOST = 1 << 26
 
 
-def _make_plan(structure: Structure, order: int) -> _Plan:
+def make_plan(structure: Structure, order: int) -> Plan:
+    """Where J has entries after so many steps, and how they follow from each other."""
     from scipy.sparse import csr_matrix
 
     # scipy's own types of these hide their attributes.
@@ -142,19 +158,19 @@ def _make_plan(structure: Structure, order: int) -> _Plan:
     by_column, by_row = _colours(D), _colours(csr_matrix(direct.T))
     fresh: Any = direct.nonzero()
     d_row, d_column = D.nonzero()
-    return _Plan(
-        kept=_integers(row, column),
-        terms=_integers(*_terms(kept, keys, d_row, d_column)),
-        moves=_integers(d_row, d_column, by_column[d_column]),
-        fresh=_integers(_numbers(keys, kept, *fresh)[0], fresh[1], by_row[fresh[0]]),
+    return Plan(
+        kept=integers(row, column),
+        terms=integers(*_terms(kept, keys, d_row, d_column)),
+        moves=integers(d_row, d_column, by_column[d_column]),
+        fresh=integers(_numbers(keys, kept, *fresh)[0], fresh[1], by_row[fresh[0]]),
         colours=(int(by_column.max()) + 1, int(by_row.max()) + 1),
         weights=int(kept.shape[1]),
-        by_column=_integers(by_column)[0],
-        by_row=_integers(by_row)[0],
+        by_column=integers(by_column)[0],
+        by_row=integers(by_row)[0],
     )
 
 
-def _integers(*arrays: Any) -> tuple[Any, ...]:
+def integers(*arrays: Any) -> tuple[Any, ...]:
     return tuple(jnp.asarray(array, jnp.int32) for array in arrays)
 
 
@@ -167,7 +183,7 @@ def _numbers(keys: Any, kept: Any, row: Any, column: Any) -> tuple[Any, Any]:
 
 
 def _terms(kept: Any, keys: Any, d_row: Any, d_column: Any) -> tuple[Any, Any, Any]:
-    """What `_Plan.terms` says: each entry (i, k) of D times each kept (k, p), where
+    """What `Plan.terms` says: each entry (i, k) of D times each kept (k, p), where
     (i, p) is kept too."""
     counts = np.diff(kept.indptr)[d_column]
     if counts.sum() > _MOST:
