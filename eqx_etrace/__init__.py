@@ -28,6 +28,7 @@ from ._rules import (
     SKRTRL as SKRTRL,
     UORO as UORO,
     Immediate as Immediate,
+    PPProp as PPProp,
     SnAp as SnAp,
 )
 from ._step import init_trace as init_trace, step as step

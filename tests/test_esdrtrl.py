@@ -230,3 +230,48 @@ def test_what_relations_share_is_kept_once(window, batch):
         sizes.append(size)
     assert_same(*found)
     assert sizes[0] < sizes[1]
+
+
+class Bias(eqx.Module):
+    """A bias and a time constant of each unit, or the same as products with a one."""
+
+    w: jax.Array
+    b: jax.Array
+    tau: jax.Array
+    out: jax.Array
+    spelt_out: bool = eqx.field(static=True)
+
+    def __call__(self, x, state):
+        v, g = state
+        one = jnp.ones(1)
+        b = self.b[:, None] @ one if self.spelt_out else self.b
+        keep = self.tau[:, None] @ one if self.spelt_out else self.tau
+        g = SLOW * g + self.w @ x + b
+        v = jnp.tanh(LEAK * v + g + keep)
+        return self.out @ v, (v, g)
+
+
+def test_biases_are_as_products_with_a_one():
+    rng = np.random.default_rng(3)
+    shapes = (N, IN), (N,), (N,), (OUT, N)
+    p = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+    state = (jnp.full(N, 0.1), jnp.full(N, -0.2))
+    xs, ts = (jnp.asarray(rng.normal(size=(STEPS, n))) for n in (IN, OUT))
+    found = []
+    for spelt_out in (False, True):
+        net = Bias(*p, spelt_out)
+        graph = etrace.compile(net, state, xs[0], rule=etrace.ESDRTRL((0.7, 0.9)))
+        got = quick_jit(lambda *args, g=graph: online(g, *args))
+        found.append(jax.tree.leaves(got(graph.params(net), state, xs, ts)))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_decay_it_is_immediate(name):
+    graph, args, _ = _problem(name, etrace.ESDRTRL(0.0))
+    other, *_ = _problem(name, etrace.Immediate())
+    got, expected = (
+        quick_jit(lambda *a, g=g: online(g, *a))(*args) for g in (graph, other)
+    )
+    assert_same(got, expected)
+    assert etrace.PPProp is etrace.ESDRTRL

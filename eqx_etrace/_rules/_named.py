@@ -4,6 +4,9 @@ from ._drtrl import DRTRL
 from ._esdrtrl import ESDRTRL
 
 
+PPProp = ESDRTRL
+
+
 def Immediate() -> DRTRL:  # noqa: N802 it stands where a class of rules stands
     r"""The gradient of each step by itself, without any past.
 
