@@ -9,7 +9,12 @@ from ._global import (
     Sizes as Sizes,
     Structure as Structure,
 )
-from ._named import OSTL as OSTL, OTTT as OTTT, Immediate as Immediate
+from ._named import (
+    OSTL as OSTL,
+    OTTT as OTTT,
+    Immediate as Immediate,
+    PPProp as PPProp,
+)
 from ._rtrl import RTRL as RTRL
 from ._skrtrl import SKRTRL as SKRTRL, Sketch as Sketch
 from ._snap import SnAp as SnAp
