@@ -254,12 +254,12 @@ class Bias(eqx.Module):
 def test_biases_are_as_products_with_a_one():
     rng = np.random.default_rng(3)
     shapes = (N, IN), (N,), (N,), (OUT, N)
-    p = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+    w, b, tau, out = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
     state = (jnp.full(N, 0.1), jnp.full(N, -0.2))
     xs, ts = (jnp.asarray(rng.normal(size=(STEPS, n))) for n in (IN, OUT))
     found = []
     for spelt_out in (False, True):
-        net = Bias(*p, spelt_out)
+        net = Bias(w, b, tau, out, spelt_out)
         graph = etrace.compile(net, state, xs[0], rule=etrace.ESDRTRL((0.7, 0.9)))
         got = quick_jit(lambda *args, g=graph: online(g, *args))
         found.append(jax.tree.leaves(got(graph.params(net), state, xs, ts)))
