@@ -7,7 +7,8 @@ find_units      which hidden elements are one neuron
 find_locality   what must be cut so that neurons stay apart, and who feeds whom
 relations       which use of a weight feeds which units
 find_bypasses   whether the new state is the only way out
-with_facts      which traces are the same for all units
+with_facts      which traces are the same for all units (local rules)
+structure       which numbers act on which (global rules that ask for it)
 """
 
 import dataclasses

@@ -348,8 +348,6 @@ def pick_window(setting: Setting, inputs: Inputs, rest: Sequence) -> int:
     graph = setting.graph
     if graph.vjp == "multi-step":
         return HORIZON
-    if isinstance(graph.rule, GlobalRule):
-        return 1
     avals = [graph.program.avals[ref] for ref in graph.saved]
     step = sum(aval.size * jnp.dtype(aval.dtype).itemsize for aval in avals)
     trace = trace_bytes(graph)

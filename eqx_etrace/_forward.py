@@ -219,7 +219,8 @@ def _ahead(graph: ETraceGraph, moving: Sequence[bool], save: Sequence[int]) -> _
             large.update(equation.outputs)
     kept = live(found, large)
     written = {ref for equation in kept for ref in equation.outputs}
-    rest = tuple(equation for equation in graph.body if equation not in kept)
+    ahead = set(kept)
+    rest = tuple(equation for equation in graph.body if equation not in ahead)
     read = {ref for equation in rest for ref in equation.values}
     made = written & {*read, *program.outputs, *save}
     return _Ahead(tuple(kept), tuple(sorted(made)), rest)

@@ -48,15 +48,18 @@ def _weights(graph: "ETraceGraph") -> list[str]:
     header = ("weight", "shape", "op rule", "group", "trace", "credit")
     rows = []
     leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
+    whole = credited(graph) if isinstance(graph.rule, GlobalRule) else ()
     for path, spec in leaves:
+        if isinstance(graph.rule, GlobalRule) and path in whole:
+            row = (path, _shape(spec.shape), "-", "-", "in one", graph.rule.credit)
+            rows.append(row)
+            continue
         rows += [(path, _shape(spec.shape), *row) for row in _credits(graph, path)]
     return _table(header, rows)
 
 
 def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
     """The rows of one weight: its uses with a trace, then those without."""
-    if isinstance(graph.rule, GlobalRule) and path in credited(graph):
-        return [("-", "-", "in one", graph.rule.credit)]
     bytes_: dict[tuple[str, str, str], int] = {}
     for relation in graph.relations:
         if path in relation.weight:

@@ -21,13 +21,14 @@ Nothing in this file uses the library under test.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import PRNGKeyArray, PyTree
 from models import PLAIN, Groups, Taps
 from oracles import bptt, dense_reference, one_step
@@ -186,6 +187,17 @@ def problem(case: Case) -> tuple[Model, PyTree, PyTree, jax.Array]:
     model, (leaves, treedef), xs, ts = _drawn(case)
     # Anew each time: an `eqx.nn.State` may be used only once.
     return model, jax.tree.unflatten(treedef, leaves), xs, ts
+
+
+def one_in(n: int, names: Iterable[str]) -> Any:
+    """Names as params of a test: every n-th, the others with `pytest -m long`."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[pytest.mark.long] if i % n else [])
+            for i, name in enumerate(names)
+        ],
+    )
 
 
 # The oracles.

@@ -14,6 +14,7 @@ from catalogue_case import (
     by_autodiff,
     first_step,
     loss,
+    one_in,
     problem,
     sequence,
 )
@@ -97,14 +98,7 @@ def test_sequence_equals_the_oracle(name):
 SINGLE = [name for name, case in OWN.items() if case.vjp == "single-step"]
 
 
-# Every seventh model; all of them with `pytest -m long`.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] if i % 7 else [])
-        for i, name in enumerate(SINGLE)
-    ],
-)
+@one_in(7, SINGLE)
 def test_windows_equal_their_steps(name):
     """Two windows, the second from the trace that the first has left."""
     graph, steps = _graph(name), STEPS // 2

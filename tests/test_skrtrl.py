@@ -1,20 +1,15 @@
 """SK-RTRL against its formula, its two ends, and its own certificate."""
 
-import functools
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import MODELS, random_state, sequence
-from oracles import assert_same_gradient, bptt, differences, online, quick_jit
+from oracles import assert_same_gradient, bptt, differences, quick_jit
+from plain_rnn import STEPS, as_weights, gradient, plain_rnn
 from windows import squares
 
 import eqx_etrace as etrace
-
-
-N, IN, OUT, STEPS = 5, 3, 2, 20
 
 
 def _problem(rule, name="rnn_rnn"):
@@ -26,10 +21,6 @@ def _problem(rule, name="rnn_rnn"):
     return graph, graph.params(model), (state, xs, ts)
 
 
-def _gradient(graph, params, data):
-    return quick_jit(functools.partial(online, graph, loss=squares))(params, *data)
-
-
 TWO_LAYERS = ["rnn_rnn", "gru_lif", "lif", "lstm"]
 
 
@@ -37,24 +28,25 @@ TWO_LAYERS = ["rnn_rnn", "gru_lif", "lif", "lstm"]
 def test_at_full_rank_it_is_backpropagation(name):
     graph, params, data = _problem(etrace.SKRTRL(100), name)
     exact = bptt(graph.model(params), *data, loss=squares)
-    assert_same_gradient(_gradient(graph, params, data), exact, rtol=1e-9)
+    assert_same_gradient(gradient(graph, params, data), exact, rtol=1e-9)
     less = _problem(etrace.SKRTRL(1), name)
-    assert max(differences(_gradient(*less), exact).values()) > 1e-4
+    assert max(differences(gradient(*less), exact).values()) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["rnn_rnn", "lif", "lstm"])
 def test_at_rank_zero_it_is_the_diagonal_block(name):
     graph, params, data = _problem(etrace.SKRTRL(0), name)
     other, *_ = _problem(etrace.SnAp(1), name)
-    got, expected = (_gradient(g, params, data) for g in (graph, other))
+    got, expected = (gradient(g, params, data) for g in (graph, other))
     if name == "rnn_rnn":
         # Between layers D-RTRL has no credit within a step, the block has.
         got, expected = got.second, expected.second
     assert_same_gradient(got, expected, rtol=1e-9)
 
 
-def _by_formula(w, u, out, h, xs, ts, rank):
+def _by_formula(plain, rank):
     """S and the residual as whole matrices, the latter cut by an SVD."""
+    w, u, out, h, xs, ts = plain
     n, total = h.size, np.zeros(w.size + u.size)
     S = np.zeros((n, total.size))
     E = np.zeros_like(S)
@@ -69,35 +61,14 @@ def _by_formula(w, u, out, h, xs, ts, rank):
         left, values, right = np.linalg.svd(residual, full_matrices=False)
         E = (left[:, :rank] * values[:rank]) @ right[:rank]
         total += (out.T @ (2 * (out @ h - t))) @ (S + E)
-    return {"w": total[: w.size].reshape(w.shape), "u": total[w.size :].reshape(n, n)}
-
-
-class RNN(eqx.Module):
-    w: jax.Array
-    u: jax.Array
-    out: jax.Array
-
-    def __call__(self, x, h):
-        h = jnp.tanh(self.w @ x + self.u @ h)
-        return self.out @ h, h
-
-
-def _plain(rule):
-    rng = np.random.default_rng(0)
-    shapes = (N, IN), (N, N), (OUT, N), (N,), (STEPS, IN), (STEPS, OUT)
-    w, u, out, h, xs, ts = (rng.normal(size=shape) for shape in shapes)
-    net = RNN(*map(jnp.asarray, (w, u, out)))
-    data = tuple(map(jnp.asarray, (h, xs, ts)))
-    graph = etrace.compile(net, data[0], data[1][0], rule)
-    return graph, graph.params(net), data, (w, u, out, h, xs, ts)
+    return as_weights(total, plain)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 5])
 def test_the_gradient_is_that_of_the_formula(rank):
-    graph, params, data, plain = _plain(etrace.SKRTRL(rank))
-    got = _gradient(graph, params, data)
-    w, u, out, h, xs, ts = plain
-    expected = _by_formula(w, u, out, h, xs, ts, rank)
+    graph, params, data, plain = plain_rnn(etrace.SKRTRL(rank), units=5)
+    got = gradient(graph, params, data)
+    expected = _by_formula(plain, rank)
     assert_same_gradient({"w": got.w, "u": got.u}, expected, rtol=1e-6)
 
 
@@ -105,7 +76,10 @@ def test_the_gradient_is_that_of_the_formula(rank):
 @pytest.mark.parametrize("name", ["plain", "lif", "gru_lif"])
 def test_the_certificate_is_never_violated(name, rank):
     rules = etrace.SKRTRL(rank), etrace.RTRL()
-    found = [_plain(r)[:3] if name == "plain" else _problem(r, name) for r in rules]
+    found = [
+        plain_rnn(r, units=5)[:3] if name == "plain" else _problem(r, name)
+        for r in rules
+    ]
     (graph, params, (state, xs, _)), (exact, *_) = found
     assert isinstance(graph.rule, etrace.SKRTRL) and graph.rule.plan is not None
     row, column = graph.rule.plan[0].kept
@@ -134,10 +108,10 @@ def test_a_larger_rank_is_closer():
     exact = None
     errors = []
     for rank in (0, 1, 2, 4):
-        graph, params, data, _ = _plain(etrace.SKRTRL(rank))
+        graph, params, data, _ = plain_rnn(etrace.SKRTRL(rank), units=5)
         if exact is None:
             exact = bptt(graph.model(params), *data, loss=squares)
-        gaps = differences(_gradient(graph, params, data), exact)
+        gaps = differences(gradient(graph, params, data), exact)
         errors.append(max(gaps.values()))
     assert errors == sorted(errors, reverse=True)
 
