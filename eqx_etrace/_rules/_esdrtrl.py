@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from .._custom_types import Scope
@@ -14,6 +15,10 @@ from .._op_rules import cast, product
 from .._relation import Relation
 from ._base import LocalRule, RelationJacobian, check_scope
 from ._window import Window
+
+
+AT_ONCE = 64
+"""Windows of at most so many steps filter by a product; longer ones step by step."""
 
 
 class FactorisedTrace(NamedTuple):
@@ -233,11 +238,13 @@ class ESDRTRL(LocalRule):
             new = self._driven(relation, post, jacobian)
             return new, None if signal is None else self._heard(relation, new, signal)
 
+        def every_filtered() -> tuple[Any, Any]:
+            if window.reset is None and window.group.steps <= AT_ONCE:
+                return self._filtered_at_once(window, old[0])
+            return _scanned(window, filtered, zero[0], old[0], None)
+
         first = window.number if relation.same_x is None else relation.same_x
-        pre, every = group.once(
-            (self, "x", first),
-            lambda: _scanned(window, filtered, zero[0], old[0], None),
-        )
+        pre, every = group.once((self, "x", first), every_filtered)
         first = window.number if relation.same_df is None else relation.same_df
         (post, weight), heard = group.once(
             (self, "df", first),
@@ -250,6 +257,29 @@ class ESDRTRL(LocalRule):
             found = jax.tree.map(window.merged, (heard, every))
             gradient = self._product(relation, *found)
         return gradient, new
+
+    def _filtered_at_once(self, window: Window, old: Any) -> tuple[Any, Any]:
+        """The presynaptic filter as a product with the powers of its decay."""
+        relation, steps = window.relation, window.group.steps
+        moving = window.moving(window.jacobian.operands)
+
+        def derivative(moving: Any) -> Any:
+            return cast(relation.derivative(window.operands(moving)), old.dtype)
+
+        age = np.arange(steps)
+        powers = jnp.asarray(self.decays[0] ** (age + 1.0), old.dtype)
+        powers = powers.reshape(-1, *(1 for _ in old.shape))
+        if not moving:
+            found = jnp.asarray(np.cumsum(self.decays[0] ** age), old.dtype)
+            found = found.reshape(powers.shape) * derivative(())
+        else:
+            mixing = np.tril(self.decays[0] ** np.maximum(age[:, None] - age, 0))
+            for _ in range(window.lead):
+                derivative = jax.vmap(derivative)
+            found = derivative(moving)
+            found = jnp.tensordot(jnp.asarray(mixing, old.dtype), found, 1)
+        every = powers * old + found
+        return every[-1], every
 
 
 def _scanned(

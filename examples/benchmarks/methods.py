@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from by_hand import BY_HAND
+from floor import forward_and_products
 from windows_by_hand import (
     ES_DECAY,
     drtrl_per_step,
@@ -132,6 +133,11 @@ class Unavailable(Exception):
     """Why a method has no column here."""
 
 
+def floor(job, **options):
+    fun = functools.partial(forward_and_products, **options)
+    return through_time(fun, job)
+
+
 def library(job, *, window, rule="DRTRL", vjp="single-step"):
     """The public functions. A window as long as the sequence starts from no trace and
     hands none back."""
@@ -173,6 +179,9 @@ METHODS = {
     "BPTT truncated 32": functools.partial(
         through_time, functools.partial(truncated_bptt, window=WINDOW)
     ),
+    "floor: forward": functools.partial(floor, window=ES_WINDOW, products=False),
+    "floor: window 10": functools.partial(floor, window=ES_WINDOW),
+    "floor: whole": lambda job: floor(job, window=len(job.xs)),
     "by hand: step": full_step_by_hand,
     "by hand: step, folded": folded_step_by_hand,
     "by hand: window 32": functools.partial(
@@ -201,7 +210,11 @@ METHODS = {
 
 def truth_of(name):
     """The method whose gradient a method must have, or None."""
-    if name.startswith("braintrace") or "multi-step" in name or "truncated" in name:
+    if (
+        name.startswith(("braintrace", "floor"))
+        or "multi-step" in name
+        or "truncated" in name
+    ):
         return None
     if name.startswith("BPTT"):
         return BPTT
