@@ -23,13 +23,27 @@ from ._rules import (
     DRTRL as DRTRL,
     ESDRTRL as ESDRTRL,
     OSTL as OSTL,
+    OSTTP as OSTTP,
+    OTPE as OTPE,
     OTTT as OTTT,
+    RFLO as RFLO,
     RTRL as RTRL,
     SKRTRL as SKRTRL,
     UORO as UORO,
+    EProp as EProp,
     Immediate as Immediate,
+    Kappa as Kappa,
+    LocalRule as LocalRule,
     PPProp as PPProp,
     SnAp as SnAp,
+    ThreeFactor as ThreeFactor,
+)
+from ._signals import (
+    Modulatory as Modulatory,
+    RandomFeedback as RandomFeedback,
+    Signal as Signal,
+    Symmetric as Symmetric,
+    TargetProjection as TargetProjection,
 )
 from ._step import init_trace as init_trace, step as step
 from ._steps import evolve as evolve, steps as steps

@@ -7,6 +7,7 @@ find_units      which hidden elements are one neuron
 find_locality   what must be cut so that neurons stay apart, and who feeds whom
 relations       which use of a weight feeds which units
 find_bypasses   whether the new state is the only way out
+find_exits      where the units act beyond themselves (signals other than the exact)
 with_facts      which traces are the same for all units (local rules)
 structure       which numbers act on which (global rules that ask for it)
 """
@@ -20,6 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ._at_exits import count_errors
 from ._bind import structure
 from ._canonicalise import canonicalise, nested
 from ._credit import (
@@ -31,13 +33,14 @@ from ._credit import (
 )
 from ._decision import Decision, Kind
 from ._errors import CompileError
+from ._exits import check_exits, find_exits
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._hidden import Hidden, find_hidden, params_of
 from ._invariant import with_facts
 from ._jaxpr import Equation, Origin, Program, live
 from ._locality import Locality, find_locality
-from ._make_group import make_group
+from ._make_group import detached, make_group
 from ._op_rules import OpRules, check_op_rules, own_elementwise
 from ._reads import Reads
 from ._relation import (
@@ -48,6 +51,7 @@ from ._relation import (
     related_groups,
 )
 from ._rules import DRTRL, GlobalRule, LocalRule
+from ._signals import Symmetric
 from ._space import credited
 from ._stage import Staged, stage
 from ._units import Units, find_units
@@ -120,6 +124,7 @@ def _relate(
                 rule.leak,
             )
         )
+    groups = detached(groups, rule.detach)
     relations = [
         make_relation(
             program, use, n, units, locality, groups[n], names[use.ref], op_rules
@@ -290,7 +295,42 @@ def compile(
         bound = rule.bound(lambda: structure(graph, reads))
         kept = of_whole_state(graph.decisions, credited(graph))
         return dataclasses.replace(graph, rule=bound, decisions=kept)
-    return with_facts(graph)
+    return with_facts(_with_exits(graph, reads, bypasses))
+
+
+def _with_exits(
+    graph: ETraceGraph, reads: Reads, bypasses: Sequence[Decision]
+) -> ETraceGraph:
+    """The graph that knows where its rule's signals come in, if they need that."""
+    rule = graph.rule
+    assert isinstance(rule, LocalRule)
+    if isinstance(rule.signal, Symmetric) and not rule.filters:
+        return graph
+    if graph.vjp == "multi-step":
+        why = "; ".join(f"{d.about}: {d.because}" for d in bypasses)
+        raise CompileError(
+            f"{type(rule).__name__} with {type(rule.signal).__name__}: got a step with "
+            f"the multi-step VJP ({why or 'as asked for'}), expected single-step "
+            "credit: a signal that is no derivative of the loss has no exact window. "
+            "Compile with vjp='single-step', or with the signal Symmetric()."
+        )
+    exits = find_exits(graph, reads)
+    check_exits(graph, exits)
+    signal = rule.signal.bound(exits.exits, count_errors(graph, exits))
+    relations = tuple(
+        dataclasses.replace(
+            r, exits=sum(bool(at.places[r.group]) for at in exits.exits)
+        )
+        for r in graph.relations
+    )
+    saved = tuple(sorted({*graph.saved, *exits.context}))
+    return dataclasses.replace(
+        graph,
+        exits=exits,
+        relations=relations,
+        saved=saved,
+        rule=rule.with_signal(signal),
+    )
 
 
 def _assemble(

@@ -11,12 +11,12 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._forward import Setting, at_step, moving_leaves, renew
+from ._given import read_given
 from ._graph import ETraceGraph
 from ._inputs import Inputs, check_lanes, check_time, read_inputs, window_of
 from ._jacobian import prepare
 from ._multi_step import multi_step_window
 from ._objective import Losses, Objective, count
-from ._rules import GlobalRule
 from ._space import trace_bytes
 from ._step import check_trace, init_trace, one_step, read_state
 from ._window import single_step_window
@@ -28,12 +28,14 @@ HORIZON = 32
 
 
 class Sequence(NamedTuple):
-    """What has time in front: the moving leaves of x, targets, mask and resets."""
+    """What has time in front: the moving leaves of x, targets, mask, resets, and what
+    the learning signal is given."""
 
     xs: list[Any]
     targets: PyTree
     mask: Any | None
     reset: Any | None
+    signal: PyTree
 
 
 class Carry(NamedTuple):
@@ -75,8 +77,8 @@ def value_and_grad(
     - `has_aux`: whether `loss_fn` returns `(loss, aux)`.
 
     **Returns:** a pure function
-    `fn(params, state, trace, xs, targets, mask=None, *, reset=None, initial=None)` that
-    returns `(losses, grads, state, trace)`:
+    `fn(params, state, trace, xs, targets, mask=None, *, reset=None, initial=None,
+    signal=None)` that returns `(losses, grads, state, trace)`:
 
     - `params`: `graph.params(model)`; `state`: as for `compile`.
     - `trace`: that of the steps before, or None for zeros, which costs nothing. With
@@ -90,6 +92,8 @@ def value_and_grad(
       the last.
     - `reset`: (T,), or (T, B) for a batched graph: where true, this step begins a new
       sequence, from the state `initial` (zeros, unless given) and an empty trace.
+    - `signal`: for a rule with `Modulatory` the modulators, time in front; for one with
+      `TargetProjection` what is projected, if not `targets`.
     - `losses`: (T,), or (T, B), times the mask; with `has_aux` a pair of these and of
       the `aux` of all steps.
     - `grads`: like `params`.
@@ -124,8 +128,9 @@ def value_and_grad(
         *,
         reset: Any = None,
         initial: PyTree = None,
+        signal: PyTree = None,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        inputs, rest = read(graph, objective, xs, targets, mask, reset)
+        inputs, rest = read(graph, objective, xs, targets, mask, reset, signal)
         losses, grads, state, trace = sequence(
             graph, objective, window, params, state, trace, inputs, rest, initial
         )
@@ -188,6 +193,7 @@ def read(
     targets: PyTree,
     mask: Any,
     reset: Any,
+    signal: PyTree = None,
 ) -> tuple[Inputs, Sequence]:
     """Check what has time in front."""
     inputs = read_inputs(graph, xs, ("targets", targets), ("mask", mask))
@@ -201,7 +207,8 @@ def read(
             reset = jnp.broadcast_to(reset[:, None], (inputs.steps, graph.batch))
     pairs = zip(inputs.leaves, inputs.moving, strict=True)
     moving = [leaf for leaf, moves in pairs if moves]
-    return inputs, Sequence(moving, targets, mask, reset)
+    signal = read_given(graph, signal, targets, inputs.steps)
+    return inputs, Sequence(moving, targets, mask, reset, signal)
 
 
 def sequence(
@@ -227,8 +234,8 @@ def sequence(
         initial = read_state(graph, params, new)[1]
     setting = Setting(graph, weights, prepared, inputs.moving, inputs.steps, initial)
     length = window or pick_window(setting, inputs, rest)
-    if isinstance(graph.rule, GlobalRule) and graph.vjp == "single-step":
-        length = 1  # A global rule has no other form of the same gradient.
+    if not graph.rule.windowed and graph.vjp == "single-step":
+        length = 1  # The rule has no other form of the same gradient.
     result, carry = _windows(
         setting, objective, length, Carry(start, trace, []), inputs, rest
     )
@@ -291,7 +298,7 @@ def _window(
     carry: Carry,
     part: Sequence,
 ) -> tuple[Any, Carry]:
-    losses = Losses(setting.graph, objective, part.targets, part.mask)
+    losses = Losses(setting.graph, objective, part.targets, part.mask, part.signal)
     steps = len(jtu.tree_leaves(part)[0])
     setting = dataclasses.replace(setting, steps=steps)
     rest = iter(part.xs)
@@ -321,8 +328,10 @@ def _one_step(
         state = renew(setting.initial, state, reset[0])
         trace = renew(init_trace(graph), trace, reset[0])
 
+    signal = jtu.tree_map(lambda array: array[0], losses.signal)
+
     def outputs(weights: Any) -> Any:
-        out, *new = one_step(graph, weights, setting.prepared, state, trace, x)
+        out, *new = one_step(graph, weights, setting.prepared, state, trace, x, signal)
         inexact = [o for o in out if jnp.issubdtype(o.dtype, jnp.inexact)]
         return inexact, (out, *new)
 

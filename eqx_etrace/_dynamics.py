@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._forward import Setting, at_step, moving_leaves, renew
 from ._graph import ETraceGraph
 from ._jacobian import run, shared_env
 from ._jaxpr import has_custom_vjp
@@ -57,38 +56,6 @@ def advance_global(
 
     per_sample = one if graph.batch is None else jax.vmap(one)
     return per_sample(list(state), trace, list(x))
-
-
-def move_global(
-    setting: Setting,
-    rule: GlobalRule,
-    state: Sequence[Any],
-    trace: PyTree | None,
-    xs: Sequence[Any],
-    reset: Any | None,
-) -> PyTree:
-    """The trace after a window of steps from this state; None is the zero trace."""
-    graph, zero = setting.graph, init_global(setting.graph, rule)
-
-    def body(carry: Any, now: Any) -> tuple[Any, None]:
-        (state, trace), (slices, fresh) = carry, now
-        if fresh is not None:
-            state = renew(setting.initial, state, fresh)
-            trace = renew(zero, trace, fresh)
-        x = at_step(setting, xs, slices)
-        args = setting.weights, setting.prepared, state, trace, x
-        trace = advance_global(graph, rule, *args)
-
-        def one(state: Any, x: Any) -> list[Any]:
-            return run(graph, setting.env, state, x, keep=())[0]
-
-        per_sample = one if graph.batch is None else jax.vmap(one)
-        return (per_sample(state, x), trace), None
-
-    start = list(state), zero if trace is None else trace
-    steps = moving_leaves(setting, xs), reset
-    (_, trace), _ = jax.lax.scan(body, start, steps, length=setting.steps)
-    return trace
 
 
 def credit_global(

@@ -8,6 +8,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from ._decision import Decision
 from ._diagram import input_names, to_mermaid, to_text
+from ._exits import Exits
 from ._facts import GroupFacts
 from ._group import HiddenGroup
 from ._hidden import Hidden
@@ -72,6 +73,8 @@ class ETraceGraph(eqx.Module):
     """The values of the body that traces and local programs read."""
     facts: tuple[GroupFacts, ...] = eqx.field(static=True, default=())
     """Per group, what is known of its Jacobian."""
+    exits: Exits | None = eqx.field(static=True, default=None)
+    """Where signals come in that are not the derivative by the state."""
 
     def params(self, model: Any) -> PyTree:
         """The trainable part of `model`, which must have the structure compiled.

@@ -39,8 +39,8 @@ def learn(
 
     **Returns:** a pure function
     `fn(params, opt_state, state, trace, xs, targets, mask=None, *, reset=None,
-    initial=None)` that returns `(losses, params, opt_state, state, trace)`; the
-    arguments are those of `eqx_etrace.value_and_grad`, and `opt_state` is
+    initial=None, signal=None)` that returns `(losses, params, opt_state, state,
+    trace)`; the arguments are those of `eqx_etrace.value_and_grad`, and `opt_state` is
     `optimiser.init(params)`, or what the last call returned. Everything that goes in
     and comes out again may be donated: `jax.jit(fn, donate_argnums=(0, 1, 2, 3))`.
 
@@ -81,8 +81,9 @@ def learn(
         *,
         reset: Any = None,
         initial: PyTree = None,
+        signal: PyTree = None,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
-        inputs, rest = read(graph, objective, xs, targets, mask, reset)
+        inputs, rest = read(graph, objective, xs, targets, mask, reset, signal)
         read_state(graph, params, state)
         trace = init_trace(graph) if trace is None else trace
         check_trace(graph, trace)
@@ -114,7 +115,7 @@ def learn(
             x = jtu.tree_unflatten(graph.x_leaves.treedef, leaves)
 
             def loss(params: Any) -> Any:
-                out, *new = step(graph, params, state, trace, x)
+                out, *new = step(graph, params, state, trace, x, signal=now.signal)
                 value, aux = objective.of_step(out, now.targets)
                 total, kept = weighted(value, now.mask)
                 return total, (kept, aux, new)

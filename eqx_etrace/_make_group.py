@@ -1,11 +1,13 @@
 """From what the compiler found to a `HiddenGroup`: the local program of its units."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from ._errors import CompileError
 from ._group import HiddenGroup
 from ._hidden import Hidden
 from ._jaxpr import Equation, Program
@@ -174,3 +176,38 @@ def _is_silent(
 def _mask(program: Program, edge: Edge, cut: Any) -> Any:
     ref = program.equations[edge[0]].inputs[edge[1]]
     return jnp.asarray(np.reshape(cut, program.avals[ref].shape))
+
+
+def detached(
+    groups: Sequence[HiddenGroup], pairs: Sequence[tuple[str, str]]
+) -> list[HiddenGroup]:
+    """The groups without these entries of D, by the key paths (from, to) of slots.
+
+    **Raises:** `CompileError` for a pair that no group has an entry for."""
+    found, met = [], set()
+    for group in groups:
+        matrix = [list(row) for row in group.transition_matrix]
+        for to, row in enumerate(matrix):
+            for source, entry in enumerate(row):
+                pair = group.leaves[source], group.leaves[to]
+                if entry and pair in pairs:
+                    row[source] = False
+                    met.add(pair)
+        rows = tuple(map(tuple, matrix))
+        found.append(dataclasses.replace(group, transition_matrix=rows))
+    for pair in pairs:
+        if pair not in met:
+            legal = [
+                (group.leaves[s], group.leaves[t])
+                for group in groups
+                for t, row in enumerate(group.transition_matrix)
+                for s, entry in enumerate(row)
+                if entry
+            ]
+            raise CompileError(
+                f"detach: got {pair!r}, expected a pair of state leaves of which the "
+                f"first acts on the second within a unit: {sorted(set(legal))}. Where "
+                "a path is only part of such an entry, use jax.lax.stop_gradient in "
+                "the model."
+            )
+    return found

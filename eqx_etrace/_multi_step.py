@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._dynamics import credit_global, move_global
+from ._dynamics import credit_global
 from ._forward import Forward, Setting, forward, plan, values
 from ._graph import ETraceGraph
+from ._move import move_by_steps
 from ._objective import Losses
 from ._rules import GlobalRule
 from ._window import add_gradients, credit, local_reads
@@ -38,7 +39,7 @@ def multi_step_window(
     _, pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
     result, given = losses(ran.outs)
     direct, edge = pull(given)
-    if isinstance(graph.rule, GlobalRule):
+    if not graph.rule.windowed:
         total = with_edge(graph, direct, trace, edge)
         new = moved_trace(setting, ran, state, trace, xs, reset)
     else:  # In one go, so that a large trace is read once and written in place.
@@ -77,8 +78,8 @@ def moved_trace(
     """The trace after a window that has run from this state, with what `local_reads`
     names."""
     graph = setting.graph
-    if isinstance(graph.rule, GlobalRule):
-        return move_global(setting, graph.rule, state, trace, xs, reset)
+    if not graph.rule.windowed:
+        return move_by_steps(setting, state, trace, xs, reset)
     merged = values(setting, ran, plan(graph, local_reads(graph)))
     return credit(setting, merged, trace, None, reset)[1]
 

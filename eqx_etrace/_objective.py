@@ -68,11 +68,14 @@ class Losses:
     objective: Objective
     targets: PyTree
     mask: Any | None
+    signal: PyTree = None
+    """What the rule's learning signal is given, see `_given`."""
 
     def part(self, number: Any, length: int) -> "Losses":
         """Those of the steps of one window."""
-        targets, mask = window_of((self.targets, self.mask), number, length)
-        return dataclasses.replace(self, targets=targets, mask=mask)
+        parts = self.targets, self.mask, self.signal
+        targets, mask, signal = window_of(parts, number, length)
+        return dataclasses.replace(self, targets=targets, mask=mask, signal=signal)
 
     def __call__(self, outs: list[Any]) -> tuple[Any, list[Any]]:
         inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in outs]

@@ -56,15 +56,24 @@ def outputs_of(
     """The outputs of one sample where the new hidden leaves change by `change`."""
     env = shared_env(graph, weights, prepared)
     env |= dict(zip(part.context, context, strict=True))
-    tap = {}
-    for ref, delta in zip(graph.hidden.doors, change, strict=True):
-        if ref in env:
-            tap[ref] = ft.partial(_changed, env[ref], delta)
-            env[ref] = env[ref] + delta
+    env, tap = changed_state(graph, env, change)
     edges = {relation.edge for relation in graph.relations}
     edge = dict.fromkeys(edges, jax.lax.stop_gradient)
     env = evaluate(part.equations, env, edge=edge, tap=tap)
     return [env[ref] for ref in graph.program.outputs[graph.state_leaves.parts.count :]]
+
+
+def changed_state(
+    graph: ETraceGraph, env: dict[int, Any], change: Sequence[Any]
+) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The values with the new hidden leaves changed, and taps that keep them so where
+    equations make some of them from others."""
+    env, tap = dict(env), {}
+    for ref, delta in zip(graph.hidden.doors, change, strict=True):
+        if ref in env:
+            tap[ref] = ft.partial(_changed, env[ref], delta)
+            env[ref] = env[ref] + delta
+    return env, tap
 
 
 def _changed(value: Any, delta: Any, made: Any) -> Any:

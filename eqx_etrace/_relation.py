@@ -131,6 +131,8 @@ class Relation(eqx.Module):
     """Per entry of `slots`, whether the trace is the same for all units: then it has
     the shape of dy/dw."""
     map: UnitMap
+    exits: int = eqx.field(static=True, default=0)
+    """By how many values its group acts beyond its units, where a rule filters them."""
     same_x: int | None = eqx.field(static=True, default=None)
     """The number of the first relation with the same dy/dw, None if that is this."""
     same_df: int | None = eqx.field(static=True, default=None)

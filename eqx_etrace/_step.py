@@ -7,7 +7,9 @@ both the cotangent of the state and of the trace is zero by definition: credit t
 past flows through the trace alone.
 """
 
+import dataclasses
 import functools as ft
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -17,8 +19,17 @@ import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
+from ._at_exits import (
+    at_units,
+    gains,
+    heard_at_exits,
+    tapped_edges,
+    to_state,
+    zeros_at_exits,
+)
 from ._dynamics import advance_global, credit_global, init_global
 from ._errors import describe, dtype_of, is_array_like, sentence
+from ._given import read_given
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._jacobian import (
@@ -70,7 +81,13 @@ def init_trace(graph: ETraceGraph) -> PyTree:
 
 
 def step(
-    graph: ETraceGraph, params: PyTree, state: PyTree, trace: PyTree, x: PyTree
+    graph: ETraceGraph,
+    params: PyTree,
+    state: PyTree,
+    trace: PyTree,
+    x: PyTree,
+    *,
+    signal: PyTree = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """One time step of the model, with the trace carried along; a pure function.
 
@@ -84,6 +101,8 @@ def step(
     - `params`: `graph.params(model)`, or what an optimiser made of it.
     - `state`, `x`: as given to `compile`, the batch in front for a batched graph.
     - `trace`: `init_trace(graph)`, or what the last step returned.
+    - `signal`: for a rule with `Modulatory` the modulator, with `TargetProjection` the
+      target of this step; else nothing.
 
     **Returns:** `(out, state, trace)`. `out` and `state` are what the model returns.
     The cotangents of `state` and `trace` are zero by definition.
@@ -103,9 +122,10 @@ def step(
     """
     param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
     check_trace(graph, trace)
+    given = read_given(graph, signal)
     weights, prepared = prepare(graph, param_leaves)
     out, new_state, new_trace = one_step(
-        graph, weights, prepared, state_leaves, trace, x_leaves
+        graph, weights, prepared, state_leaves, trace, x_leaves, given
     )
     return (
         jtu.tree_unflatten(graph.out_leaves.treedef, out),
@@ -117,13 +137,20 @@ def step(
 
 
 def one_step(
-    graph: ETraceGraph, weights: Any, prepared: Any, state: Any, trace: Any, x: Any
+    graph: ETraceGraph,
+    weights: Any,
+    prepared: Any,
+    state: Any,
+    trace: Any,
+    x: Any,
+    given: Any = None,
 ) -> tuple[Any, Any, Any]:
     """`step` on leaves, from the prepared weights."""
     arrays, static = eqx.partition(graph, eqx.is_array)
     core: Any = _core  # pyright cannot see through the decorator
     frozen = Frozen.of(static)
-    return core(frozen, arrays, tuple(weights), tuple(prepared), state, trace, x)
+    weights, prepared = tuple(weights), tuple(prepared)
+    return core(frozen, arrays, weights, prepared, state, trace, given, x)
 
 
 def read_step(
@@ -189,8 +216,11 @@ def _forward(
     at_door: Any = None,
     cut_at_door: bool = False,
     edge: Any = None,
+    at_exit: Any = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    def one(weights: Any, prepared: Any, state: Any, x: Any, at_door: Any):
+    def one(
+        weights: Any, prepared: Any, state: Any, x: Any, at_door: Any, at_exit: Any
+    ) -> Any:
         shared = shared_env(graph, weights, prepared)
         return run(
             graph,
@@ -199,15 +229,15 @@ def _forward(
             x,
             at_door=at_door,
             cut_at_door=cut_at_door,
-            edge=edge,
+            edge=(edge or {}) | tapped_edges(graph, at_exit),
         )
 
-    return _per_sample(graph, one, (None, None, 0, 0, 0))(
-        weights, prepared, state, x, at_door
+    return _per_sample(graph, one, (None, None, 0, 0, 0, 0))(
+        weights, prepared, state, x, at_door, at_exit
     )
 
 
-def _advance(
+def advance(
     graph: ETraceGraph,
     weights: Any,
     prepared: Any,
@@ -227,9 +257,15 @@ def _advance(
 
     found = _per_sample(graph, one, (0, 0))(state, saved)
     env = shared | dict(zip(graph.saved, saved, strict=True))
+    gain: Any = [()] * len(graph.groups)
+    if graph.rule.filters:
+        gain = _per_sample(graph, ft.partial(gains, graph, shared), (0, 0))(
+            saved, found
+        )
     new, whole = [], graph.rule.whole(graph.relations, trace)
     for relation, old in zip(graph.relations, whole, strict=True):
         jacobian = relation_jacobian(graph, relation, found[relation.group], env)
+        jacobian = dataclasses.replace(jacobian, gain=gain[relation.group])
         moving = moving_operands(graph, relation)
         now = graph.rule.update_all(relation, old, jacobian, moving, graph.batch)
         new.append(graph.rule.kept(relation, now))
@@ -283,11 +319,13 @@ def _core(
     prepared: Any,
     state: Any,
     trace: Any,
+    given: Any,
     x: Any,
 ) -> tuple[Any, Any, Any]:
+    del given
     graph = merge_graph(static, arrays)
     new_state, out, saved = _forward(graph, weights, prepared, state, x)
-    new_trace, _ = _advance(graph, weights, prepared, state, trace, x, saved)
+    new_trace, _ = advance(graph, weights, prepared, state, trace, x, saved)
     return out, new_state, new_trace
 
 
@@ -296,7 +334,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     the hidden leaves: the new ones (single-step) or the old ones (multi-step)."""
     perturbed = jtu.tree_map(lambda leaf: leaf.perturbed, primals[-1])
     values = jtu.tree_map(lambda leaf: leaf.value, primals)
-    arrays, weights, prepared, state, trace, x = values
+    arrays, weights, prepared, state, trace, given, x = values
     graph = merge_graph(static, arrays)
     single = graph.vjp == "single-step"
     hidden = [state[i] for i in graph.hidden.leaves]
@@ -306,6 +344,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     related = {relation.edge for relation in graph.relations}
     cut = single and not whole
     edge = dict.fromkeys(related, jax.lax.stop_gradient) if cut else None
+    taps = graph.exits is not None and graph.rule.filters
     moving = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(x[i]))
 
     def full(weights: Any, moved: Any, leaves: Any) -> Any:
@@ -315,24 +354,28 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
         if not single:
             for i, leaf in zip(graph.hidden.leaves, leaves, strict=True):
                 old[i] = leaf
-        at_door = leaves if single else None
-        result = _forward(graph, weights, prepared, old, inputs, at_door, whole, edge)
+        at = (None, leaves) if taps else (leaves if single else None, None)
+        result = _forward(
+            graph, weights, prepared, old, inputs, at[0], whole, edge, at[1]
+        )
         new_state, out, _ = result
         return [leaf for leaf in (*new_state, *out) if _inexact(leaf)], result
 
     leaves = [jnp.zeros_like(leaf) for leaf in hidden] if single else hidden
+    leaves = zeros_at_exits(graph) if taps else leaves
     moved = [x[i] for i in moving]
     _, pull, (new_state, out, saved) = jax.vjp(
         full, weights, moved, leaves, has_aux=True
     )
-    new_trace, found = _advance(graph, weights, prepared, state, trace, x, saved)
+    new_trace, found = advance(graph, weights, prepared, state, trace, x, saved)
     kept = (new_trace, found) if single else (trace, None)
     marks = dict.fromkeys(moving)
-    return (out, new_state, new_trace), (arrays, pull, kept, marks)
+    local = None if graph.exits is None else (weights, prepared, saved, given)
+    return (out, new_state, new_trace), (arrays, pull, kept, marks, local)
 
 
 def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    arrays, pull, (trace, found), marks = residuals
+    arrays, pull, (trace, found), marks, local = residuals
     graph = merge_graph(static, arrays)
     of_out, of_state, _ = cotangents
     given = [
@@ -349,11 +392,62 @@ def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...
         _silent_slots(graph, group, of_state, single=found is not None)
         for group in graph.groups
     )
-    gradients = _credit(graph, trace, derivatives, found, silent, of_weights)
+    gradients = of_weights
+    if local is not None:
+        derivatives, heard = _heard(graph, local, derivatives, of_out, of_state)
+        gradients = _credit_at_exits(graph, trace, heard, gradients)
+    if derivatives is not None:
+        gradients = _credit(graph, trace, derivatives, found, silent, gradients)
     of_x: list[Any] = [None] * graph.x_leaves.count
     for i, cotangent in zip(marks, of_moved, strict=True):
         of_x[i] = cotangent
-    return None, gradients, None, None, None, of_x
+    return None, gradients, None, None, None, None, of_x
+
+
+def _heard(
+    graph: ETraceGraph, local: Any, at_exits: Any, of_out: Any, of_state: Any
+) -> tuple[list[Any] | None, list[list[Any]] | None]:
+    """The derivatives by the new hidden leaves that the rule's signal makes, or None
+    for zeros; and per group the signals at its exits, for a rule that filters them."""
+    exits, (weights, prepared, saved, given) = graph.exits, local
+    assert exits is not None
+    filters = graph.rule.filters
+    of_doors = [of_state[i] for i in graph.hidden.leaves]
+    quiet = all(isinstance(cotangent, SymbolicZero) for cotangent in of_doors)
+    shared = shared_env(graph, weights, prepared)
+
+    def one(saved: Any, given: Any, at_exits: Any, of_out: Any, of_doors: Any) -> Any:
+        env = shared | dict(zip(graph.saved, saved, strict=True))
+        heard = heard_at_exits(graph, of_out, at_exits, given)
+        found = to_state(graph, env, None if filters else heard, of_out, of_doors)
+        return found, at_units(graph, heard)
+
+    inexact = [
+        instantiate(cotangent)
+        for cotangent, spec in zip(of_out, graph.out_leaves.specs, strict=True)
+        if _inexact(spec)
+    ]
+    args = saved, given, at_exits, inexact, list(map(instantiate, of_doors))
+    found, heard = _per_sample(graph, one, (0, 0, 0, 0, 0))(*args)
+    if not filters:
+        return found, None
+    return (None if quiet and not exits.direct else found), heard
+
+
+def _credit_at_exits(
+    graph: ETraceGraph, trace: Any, heard: Any, gradients: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Add to the gradients what the traces give for signals at the exits."""
+    if heard is None:
+        return tuple(gradients)
+    rule = graph.rule
+    assert isinstance(rule, LocalRule)  # No other filters.
+    total = dict(zip(graph.weights, gradients, strict=True))
+    whole = rule.whole(graph.relations, trace)
+    for relation, entries in zip(graph.relations, whole, strict=True):
+        more = rule.gradient_at_exits(relation, entries, heard[relation.group])
+        total[relation.ref] = total[relation.ref] + more
+    return tuple(total[ref] for ref in graph.weights)
 
 
 def _silent_slots(

@@ -55,6 +55,12 @@ def steps(
         grads, (state, trace) = jax.grad(loss, has_aux=True)(params)
         ```
     """
+    if graph.exits is not None:
+        raise ValueError(
+            f"steps: got a graph of the rule {type(graph.rule).__name__} with a signal "
+            "or filter of its own, expected the exact signal: within a window the "
+            "gradient is that of backpropagation. Use `step` or `value_and_grad`."
+        )
     inputs = read_inputs(graph, xs)
     leaves, start = read_state(graph, params, state)
     check_trace(graph, trace)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._at_exits import heard_at_exits, to_state
 from ._forward import (
     Forward,
     Plan,
@@ -226,7 +227,8 @@ def single_step_window(
 ) -> tuple[Any, list[Any], list[Any], tuple[Any, ...]]:
     """Losses, gradients of the weights, state and trace: equal to step by step."""
     graph, part = setting.graph, readout(setting.graph)
-    made = plan(graph, sorted({*local_reads(graph), *part.context}))
+    context = () if graph.exits is None else graph.exits.context
+    made = plan(graph, sorted({*local_reads(graph), *part.context, *context}))
     ran = forward(setting, state, xs, reset, made.save)
     merged = values(setting, ran, made)
     length = _chunk(setting)
@@ -261,8 +263,27 @@ def _signals(
 
     _, pull, found = jax.vjp(outputs, setting.weights, zeros, has_aux=True)
     result, given = losses(unmerge(graph, found))
-    direct, totals = pull(merge(graph, given))
+    given = merge(graph, given)
+    direct, totals = pull(given)
+    if graph.exits is not None:
+        totals = _at_exits(setting, merged, given, merge(graph, losses.signal))
     return result, list(direct), totals
+
+
+def _at_exits(
+    setting: Setting, merged: dict[int, Any], of_out: Sequence[Any], signal: Any
+) -> list[Any]:
+    """The same derivatives by the new hidden leaves as the rule's signal makes them."""
+    graph, env, doors = setting.graph, setting.env, setting.graph.hidden.doors
+    assert graph.exits is not None
+    context = {ref: merged[ref] for ref in graph.exits.context}
+
+    def one(context: dict[int, Any], of_out: Any, signal: Any) -> list[Any]:
+        zeros = [jnp.zeros_like(context[ref]) for ref in doors]
+        heard = heard_at_exits(graph, of_out, (), signal)
+        return to_state(graph, env | context, heard, of_out, zeros)
+
+    return jax.vmap(one)(context, list(of_out), signal)
 
 
 def _chunk(setting: Setting) -> int | None:

@@ -9,11 +9,17 @@ from ._global import (
     Sizes as Sizes,
     Structure as Structure,
 )
+from ._kappa import Kappa as Kappa
 from ._named import (
     OSTL as OSTL,
+    OSTTP as OSTTP,
+    OTPE as OTPE,
     OTTT as OTTT,
+    RFLO as RFLO,
+    EProp as EProp,
     Immediate as Immediate,
     PPProp as PPProp,
+    ThreeFactor as ThreeFactor,
 )
 from ._rtrl import RTRL as RTRL
 from ._skrtrl import SKRTRL as SKRTRL, Sketch as Sketch

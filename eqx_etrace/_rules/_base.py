@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree, Shaped
 
 from .._custom_types import Scope
 from .._relation import Relation
+from .._signals import Signal, Symmetric
 
 
 if TYPE_CHECKING:
@@ -30,18 +31,23 @@ class RelationJacobian:
     - `within`: L, `within[s'][s]` a vector over units, by the *new* slot s.
     - `direct`: df, `direct[s']` of the shape of y.
     - `operands`: the values of the operands of the use, the weight among them.
+    - `gain`: for a rule that `filters`, per exit of the group and slot the derivative
+      of the exit, a vector over units; None for an exit that is not of this group.
     """
 
     transition: Sequence[Sequence[Shaped[Array, "..."] | None]]
     within: Sequence[Sequence[Shaped[Array, "..."] | None]]
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
+    gain: Sequence[Sequence[Shaped[Array, "..."]] | None] = ()
 
 
-def with_operands(entries: Any, operands: tuple[Any, ...]) -> RelationJacobian:
-    """A Jacobian from its (transition, within, direct) and the operands."""
+def with_operands(
+    entries: Any, operands: tuple[Any, ...], gain: Any = ()
+) -> RelationJacobian:
+    """A Jacobian from its (transition, within, direct), the operands and the gain."""
     transition, within, direct = entries
-    return RelationJacobian(transition, within, direct, operands)
+    return RelationJacobian(transition, within, direct, operands, gain)
 
 
 def check_scope(scope: Any) -> None:
@@ -50,6 +56,15 @@ def check_scope(scope: Any) -> None:
         raise ValueError(
             f"scope: got {scope!r}, expected 'local' or 'unit'. Leave it out "
             "for D-RTRL; 'unit' is SnAp-1."
+        )
+
+
+def check_signal(signal: Any) -> None:
+    """Raise `TypeError` unless it is a learning signal."""
+    if not isinstance(signal, Signal):
+        raise TypeError(
+            f"signal: got {signal!r}, expected a learning signal such as "
+            "RandomFeedback(key). Pass an instance, not the class."
         )
 
 
@@ -62,8 +77,22 @@ class LocalRule(eqx.Module):
     """
 
     scope: eqx.AbstractVar[Scope]
+    windowed: ClassVar[bool] = False
+    """Whether the rule has `window`; without, steps are taken one by one."""
     by_adjoint: ClassVar[bool] = False
     """Whether the rule has `from_adjoint`."""
+    filters: ClassVar[bool] = False
+    """Whether the rule has `gradient_at_exits`, for signals that come in there."""
+
+    detach: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs (from, to) of state leaves: entries of D to leave out."""
+
+    signal: ClassVar[Signal] = Symmetric()
+    """Where the learning signal comes from; a field in rules that let one choose."""
+
+    def with_signal(self, signal: Signal) -> "LocalRule":
+        """The same rule with another signal."""
+        return dataclasses.replace(self, signal=signal)
 
     @property
     def leak(self) -> float | None:
@@ -117,7 +146,6 @@ class LocalRule(eqx.Module):
         is known to be zero.
         """
 
-    @abstractmethod
     def window(
         self, window: "Window", trace: PyTree
     ) -> tuple[Shaped[Array, "..."] | None, PyTree]:
@@ -127,6 +155,16 @@ class LocalRule(eqx.Module):
         trace. The gradient is None where the window has no signal; where
         `window.group.edge` is given, it is that of `trace` for this signal.
         """
+        raise NotImplementedError
+
+    def gradient_at_exits(
+        self,
+        relation: Relation,
+        trace: PyTree,
+        signal: Sequence[Shaped[Array, "..."] | None],
+    ) -> Shaped[Array, "..."]:
+        """The weight's gradient for signals at its units' exits; see `filters`."""
+        raise NotImplementedError
 
     def from_adjoint(self, window: "Window") -> Shaped[Array, "..."] | None:
         """The gradient of a window that starts from a zero trace, by what `adjoint`

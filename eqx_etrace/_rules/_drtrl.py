@@ -14,7 +14,14 @@ from jaxtyping import Array, Shaped
 from .._custom_types import Scope
 from .._op_rules import cast, product
 from .._relation import Relation
-from ._base import LocalRule, RelationJacobian, check_scope, with_operands
+from .._signals import Signal, Symmetric
+from ._base import (
+    LocalRule,
+    RelationJacobian,
+    check_scope,
+    check_signal,
+    with_operands,
+)
 from ._fused import advance, through
 from ._in_place import at, over_samples
 from ._window import Window
@@ -71,6 +78,12 @@ class DRTRL(LocalRule):
     - `trace_dtype`: the dtype in which large traces are kept between steps, such as
       `jnp.bfloat16` for half the memory and a rounding error of 0.4 % a step. None,
       the default, is that of the state.
+    - `signal`: where the learning signal comes from, a `eqx_etrace.Signal`. The
+      default is the derivative of the loss.
+    - `detach`: pairs (from, to) of key paths of the state, such as
+      `("state.z", "state.v")`: the old value of the one is taken out of the derivative
+      of the new value of the other, within a unit. For published rules that leave out
+      the path through the reset, or through the adaptation.
 
     Memory: batch x weight entries x slots, less where a trace is the same for all
     units or has no past; `graph.report()` shows which. It needs no hyper-parameter.
@@ -87,14 +100,26 @@ class DRTRL(LocalRule):
         ```
     """
 
+    windowed: ClassVar[bool] = True
     by_adjoint: ClassVar[bool] = True
 
     scope: Scope = eqx.field(static=True, default="local")
     trace_dtype: Any = eqx.field(static=True, default=None)
     recursion: Literal["jacobian"] | float = eqx.field(static=True, default="jacobian")
+    signal: Signal = Symmetric()  # pyright: ignore[reportIncompatibleVariableOverride]
+    detach: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __check_init__(self) -> None:
+        pairs = isinstance(self.detach, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in self.detach
+        )
+        if not pairs:
+            raise ValueError(
+                f"detach: got {self.detach!r}, expected pairs of key paths (from, to). "
+                "Copy the paths from `graph.report()`."
+            )
         check_scope(self.scope)
+        check_signal(self.signal)
         number = isinstance(self.recursion, float | int) and 0 <= self.recursion <= 1
         if self.recursion != "jacobian" and not number:
             raise ValueError(
@@ -120,7 +145,7 @@ class DRTRL(LocalRule):
         """The recursion, if it is a number."""
         return None if self.recursion == "jacobian" else float(self.recursion)
 
-    def _stored(self, dtype: Any) -> Any:
+    def stored(self, dtype: Any) -> Any:
         """The dtype in which an array of this dtype is kept."""
         real = not jnp.issubdtype(dtype, jnp.complexfloating)
         return self.trace_dtype if self.trace_dtype is not None and real else dtype
@@ -136,7 +161,7 @@ class DRTRL(LocalRule):
 
     def _zero(self, relation: Relation, slot: int, dtype: Any, links: Any) -> Entry:
         if links is None:
-            return jnp.zeros(relation.array_shape(slot), self._stored(dtype))
+            return jnp.zeros(relation.array_shape(slot), self.stored(dtype))
         unit = jnp.zeros(relation.map.units, dtype)
         derivative = jnp.zeros(relation.derivative_shape or (), dtype)
         others = tuple(unit for _ in links)
@@ -173,7 +198,7 @@ class DRTRL(LocalRule):
             shape = relation.array_shape(slot)
             total = sum(terms[1:], terms[0]) if terms else jnp.zeros(shape, dtype)
             new[slot] = jnp.broadcast_to(total, shape)
-        stored = map(self._stored, relation.trace_dtypes)
+        stored = map(self.stored, relation.trace_dtypes)
         return tuple(
             entry if isinstance(entry, Factors) else entry.astype(kept)
             for entry, kept in zip(new.values(), stored, strict=True)
@@ -248,6 +273,26 @@ class DRTRL(LocalRule):
             return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
         return relation.op.contract(vectors, traces).astype(relation.weight_dtype)
 
+    def heard(
+        self,
+        relation: Relation,
+        trace: tuple[Entry, ...],
+        row: Sequence[Shaped[Array, " units"]],
+        operands: tuple[Any, ...],
+    ) -> Shaped[Array, "..."]:
+        """The sum over slots of row . trace for one sample, unit by unit; an array of
+        the shape of a trace. `operands` are those of the step that made the trace."""
+        signal, vectors, _ = _resolved(relation, trace, row)
+        terms = [relation.op.influence(vector, operands) for vector in vectors]
+        for slot, links, entry in zip(
+            relation.slots, relation.links, trace, strict=True
+        ):
+            if links is None:
+                factor = relation.expand(cast(signal[slot], entry.dtype))
+                terms.append(product(factor, entry))
+        total = sum(terms[1:], terms[0])
+        return jnp.broadcast_to(total, relation.trace_shape)
+
     def window(
         self, window: Window, trace: tuple[Entry, ...] | None
     ) -> tuple[Shaped[Array, "..."] | None, tuple[Entry, ...]]:
@@ -268,7 +313,7 @@ class DRTRL(LocalRule):
         for slot, dtype in zip(relation.slots, relation.trace_dtypes, strict=True):
             within.total(slot)
             if slot in moved:
-                new.append(moved[slot].astype(self._stored(dtype)))
+                new.append(moved[slot].astype(self.stored(dtype)))
                 continue
             derivative = window.derivative(last.operands)
             new.append(within.factors(slot, cast(derivative, dtype), dtype))

@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,8 @@ from jaxtyping import Array, Shaped
 from .._custom_types import Scope
 from .._op_rules import cast, product
 from .._relation import Relation
-from ._base import LocalRule, RelationJacobian, check_scope
+from .._signals import Signal, Symmetric
+from ._base import LocalRule, RelationJacobian, check_scope, check_signal
 from ._window import Window
 
 
@@ -54,7 +55,7 @@ class ESDRTRL(LocalRule):
     - `decay`: the smoothing factor a, at least 0 and below 1; a pair
       $(a_x, a_f)$; or an integer k of at least 1 for $a = (k - 1) / (k + 1)$. With 0
       the gradient is that of the current step alone.
-    - `scope`: as for `DRTRL`.
+    - `scope`, `signal`: as for `DRTRL`.
 
     Memory: batch x (inputs + outputs x slots) of each weight, as for activations. It is
     an approximation on every model with a memory; for an elementwise weight, whose y is
@@ -71,16 +72,24 @@ class ESDRTRL(LocalRule):
         ```
     """
 
+    windowed: ClassVar[bool] = True
+
     decay: float | int | tuple[float, float] = eqx.field(static=True)
     scope: Scope = eqx.field(static=True)
+    signal: Signal  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
-        self, decay: float | int | tuple[float, float], scope: Scope = "local"
+        self,
+        decay: float | int | tuple[float, float],
+        scope: Scope = "local",
+        signal: Signal | None = None,
     ):
         self.decay, self.scope = decay, scope
+        self.signal = Symmetric() if signal is None else signal
 
     def __check_init__(self) -> None:
         check_scope(self.scope)
+        check_signal(self.signal)
         if isinstance(self.decay, int) and not isinstance(self.decay, bool):
             legal = self.decay == 0 or self.decay >= 1
         else:

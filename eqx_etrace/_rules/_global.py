@@ -105,6 +105,9 @@ class GlobalRule(eqx.Module):
     credit: ClassVar[str] = "through the whole state"
     """What a weight that reaches the state gets, for the report."""
     leak: ClassVar[float | None] = None
+    detach: ClassVar[tuple[tuple[str, str], ...]] = ()
+    windowed: ClassVar[bool] = False
+    filters: ClassVar[bool] = False
 
     def bound(self, structure: Callable[[], Structure]) -> "GlobalRule":
         """The rule for the step whose structure this gives; itself, if that is enough.

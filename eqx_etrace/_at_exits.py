@@ -1,0 +1,155 @@
+"""Learning signals at work: from the exits of the units to the hidden state.
+
+All but the first two functions are about one sample; batched callers map them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._exits import Exits, inexact_outputs
+from ._graph import ETraceGraph
+from ._jaxpr import evaluate
+from ._locality import Edge
+from ._readout import changed_state
+from ._rules import LocalRule
+from ._same_step import partial_signal
+from ._signals import Symmetric
+
+
+def zeros_at_exits(graph: ETraceGraph) -> list[Any]:
+    """Zeros in the shapes of the exits, the batch in front."""
+    lead = () if graph.batch is None else (graph.batch,)
+    return [jnp.zeros((*lead, *at.shape), at.dtype) for at in _exits(graph).exits]
+
+
+def tapped_edges(
+    graph: ETraceGraph, at_exits: Sequence[Any] | None
+) -> dict[Edge, Callable[[Any], Any]]:
+    """What adds a change to each exit, for those that act beyond its unit."""
+    if at_exits is None:
+        return {}
+    pairs = zip(_exits(graph).edges, at_exits, strict=True)
+    return {edge: _add(change) for edges, change in pairs for edge in edges}
+
+
+def _add(change: Any) -> Callable[[Any], Any]:
+    return lambda value: value + change
+
+
+def _exits(graph: ETraceGraph) -> Exits:
+    assert graph.exits is not None  # Else the signal is the derivative by the state.
+    return graph.exits
+
+
+def heard_at_exits(
+    graph: ETraceGraph, of_out: Sequence[Any], at_exits: Sequence[Any], given: Any
+) -> list[Any]:
+    """The learning signals; the exact ones are those `at_exits`. `of_out` are the
+    derivatives of the loss by the outputs that have one."""
+    exits, rule = _exits(graph), graph.rule
+    assert isinstance(rule, LocalRule)  # Others have no signal to choose.
+    if isinstance(rule.signal, Symmetric):
+        return list(at_exits)
+    error = error_of(exits, of_out)
+    numbered = enumerate(exits.exits)
+    return [rule.signal.at_exit(number, at, error, given) for number, at in numbered]
+
+
+def to_state(
+    graph: ETraceGraph,
+    env: Mapping[int, Any],
+    heard: Sequence[Any] | None,
+    of_out: Sequence[Any],
+    of_doors: Sequence[Any],
+) -> list[Any]:
+    """The derivatives by the new hidden leaves from signals at the exits (None is
+    zero), from those by the outputs, of which the direct ones count, and from those
+    that the loss has by the state itself. `env` has weights, constants and context."""
+    exits = _exits(graph)
+    values, pull = _pull_to_state(graph, exits, env)
+    if heard is None:
+        heard = [jnp.zeros_like(value) for value in values]
+    direct = [of_out[i] for i in exits.direct]
+    return pull((list(heard), direct, list(of_doors)))[0]
+
+
+def _pull_to_state(
+    graph: ETraceGraph, exits: Exits, env: Mapping[int, Any]
+) -> tuple[list[Any], Callable[[Any], Any]]:
+    outputs, doors = inexact_outputs(graph), graph.hidden.doors
+
+    def fun(change: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        now, tap = changed_state(graph, dict(env), change)
+        now = evaluate(exits.equations, now, tap=tap)
+        direct = [now[outputs[i]] for i in exits.direct]
+        return [now[ref] for ref in exits.refs], direct, [now[ref] for ref in doors]
+
+    found, pull = jax.vjp(fun, [jnp.zeros_like(env[ref]) for ref in doors])
+    return found[0], pull
+
+
+def gains(
+    graph: ETraceGraph, shared: Mapping[int, Any], saved: Sequence[Any], found: Any
+) -> list[list[list[Any] | None]]:
+    """Per group and exit, dz/dh' of every slot, a vector over units, the other new
+    slots held fixed; None where the group does not act through this exit. `found` are
+    the Jacobians of the groups."""
+    exits = _exits(graph)
+    env = dict(shared) | dict(zip(graph.saved, saved, strict=True))
+    values, pull = _pull_to_state(graph, exits, env)
+    outputs = inexact_outputs(graph)
+    direct = [_zeros(graph, outputs[i]) for i in exits.direct]
+    doors = [_zeros(graph, ref) for ref in graph.hidden.doors]
+    per_group: list[list[list[Any] | None]] = [[] for _ in graph.groups]
+    for number, value in enumerate(values):
+        seeds = [jnp.zeros_like(other) for other in values]
+        seeds[number] = jnp.ones_like(value)
+        leaves = dict(enumerate(pull((seeds, direct, doors))[0]))
+        for g, group in enumerate(graph.groups):
+            row = None
+            if exits.exits[number].places[g]:
+                row = partial_signal(group.read(leaves), found[g].within)
+            per_group[g].append(row)
+    return per_group
+
+
+def _zeros(graph: ETraceGraph, ref: int) -> Any:
+    aval = graph.program.avals[ref]
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def at_units(graph: ETraceGraph, heard: Sequence[Any]) -> list[list[Any | None]]:
+    """Per group the signals at the exits as vectors over its units; None for those
+    that it does not act through."""
+    per_group = []
+    for g in range(len(graph.groups)):
+        found = []
+        for at, signal in zip(_exits(graph).exits, heard, strict=True):
+            places = at.places[g]
+            found.append(signal.reshape(-1)[jnp.asarray(places)] if places else None)
+        per_group.append(found)
+    return per_group
+
+
+def error_of(exits: Exits, of_out: Sequence[Any]) -> Any:
+    """The output errors as one vector."""
+    parts = [part for i in exits.errors for part in _parts(of_out[i])]
+    if not parts:
+        return jnp.zeros(0)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.concatenate(parts)
+
+
+def _parts(leaf: Any) -> list[Any]:
+    pair = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+    return [part.reshape(-1) for part in pair]
+
+
+def count_errors(graph: ETraceGraph, exits: Exits) -> int:
+    """How many numbers `error_of` gives."""
+    avals = [graph.program.avals[ref] for ref in inexact_outputs(graph)]
+    specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return jax.eval_shape(lambda out: error_of(exits, out), specs).size
