@@ -20,6 +20,7 @@ from ._learn import learn as learn
 from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._relation import Relation as Relation
 from ._rules import (
+    DNI as DNI,
     DRTRL as DRTRL,
     ESDRTRL as ESDRTRL,
     OSTL as OSTL,
@@ -39,6 +40,8 @@ from ._rules import (
     ThreeFactor as ThreeFactor,
 )
 from ._signals import (
+    AdaptiveFeedback as AdaptiveFeedback,
+    Bootstrapped as Bootstrapped,
     Modulatory as Modulatory,
     RandomFeedback as RandomFeedback,
     Signal as Signal,

@@ -45,7 +45,11 @@ def _exits(graph: ETraceGraph) -> Exits:
 
 
 def heard_at_exits(
-    graph: ETraceGraph, of_out: Sequence[Any], at_exits: Sequence[Any], given: Any
+    graph: ETraceGraph,
+    env: Mapping[int, Any],
+    of_out: Sequence[Any],
+    at_exits: Sequence[Any],
+    given: Any,
 ) -> list[Any]:
     """The learning signals; the exact ones are those `at_exits`. `of_out` are the
     derivatives of the loss by the outputs that have one."""
@@ -54,8 +58,27 @@ def heard_at_exits(
     if isinstance(rule.signal, Symmetric):
         return list(at_exits)
     error = error_of(exits, of_out)
-    numbered = enumerate(exits.exits)
-    return [rule.signal.at_exit(number, at, error, given) for number, at in numbered]
+    each = [env[ref] for ref in graph.learned] or [given] * len(exits.exits)
+    return [
+        rule.signal.at_exit(number, at, error, mine)
+        for number, (at, mine) in enumerate(zip(exits.exits, each, strict=True))
+    ]
+
+
+def feedback_gradients(
+    graph: ETraceGraph, env: Mapping[int, Any], of_out: Sequence[Any]
+) -> list[Any]:
+    """Per learned feedback matrix the gradient of a readout, transposed."""
+    if not graph.learned:
+        return []
+    exits = _exits(graph)
+    error, (values, _) = error_of(exits, of_out), _pull_to_state(graph, exits, env)
+    found = []
+    for ref, value in zip(graph.learned, values, strict=True):
+        dtype = env[ref].dtype
+        left = value.real.reshape(-1, 1).astype(dtype)
+        found.append(left * error[None].astype(dtype))
+    return found
 
 
 def to_state(

@@ -33,7 +33,7 @@ from ._credit import (
 )
 from ._decision import Decision, Kind
 from ._errors import CompileError
-from ._exits import check_exits, find_exits
+from ._exits import check_exits, check_feedback, find_exits, with_learned
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._hidden import Hidden, find_hidden, params_of
@@ -50,10 +50,11 @@ from ._relation import (
     make_relation,
     related_groups,
 )
-from ._rules import DRTRL, GlobalRule, LocalRule
-from ._signals import Symmetric
+from ._rules import DNI, DRTRL, GlobalRule, LocalRule
+from ._signals import AdaptiveFeedback, Bootstrapped, Symmetric
 from ._space import credited
 from ._stage import Staged, stage
+from ._synthetic import check_synthesiser
 from ._units import Units, find_units
 
 
@@ -163,6 +164,15 @@ def _decide_vjp(vjp: str, bypasses: list[Decision]) -> tuple[str, list[Decision]
         ]
         return vjp, warnings
     return vjp, bypasses
+
+
+def _bootstrapped_vjp(vjp: Vjp) -> Vjp:
+    if vjp == "single-step":
+        raise ValueError(
+            "vjp: got 'single-step' with DNI, expected 'multi-step': the guess comes "
+            "in at the end of a window with an exact gradient. Leave it out."
+        )
+    return "multi-step"
 
 
 def _check_arguments(rule: Any, vjp: Any, max_unroll: Any, max_slots: Any) -> None:
@@ -279,6 +289,8 @@ def compile(
         state_paths=staged.state.parts.paths,
         out_paths=staged.out.paths,
     )
+    if isinstance(rule, DNI):
+        vjp = _bootstrapped_vjp(vjp)
     chosen, bypasses = _decide_vjp(vjp, find_bypasses(analysis))
     graph = _assemble(
         staged,
@@ -306,6 +318,17 @@ def _with_exits(
     assert isinstance(rule, LocalRule)
     if isinstance(rule.signal, Symmetric) and not rule.filters:
         return graph
+    if isinstance(rule.signal, AdaptiveFeedback | Bootstrapped):
+        graph = with_learned(graph, rule.signal.path)
+    if isinstance(rule.signal, Bootstrapped):
+        if not isinstance(rule, DNI):
+            raise CompileError(
+                f"{type(rule).__name__} with Bootstrapped: got a trace of the past and "
+                "a guess of the future, expected one of them: some credit would count "
+                "twice. Compile with DNI."
+            )
+        check_synthesiser(graph)
+        return graph
     if graph.vjp == "multi-step":
         why = "; ".join(f"{d.about}: {d.because}" for d in bypasses)
         raise CompileError(
@@ -316,7 +339,10 @@ def _with_exits(
         )
     exits = find_exits(graph, reads)
     check_exits(graph, exits)
-    signal = rule.signal.bound(exits.exits, count_errors(graph, exits))
+    errors = count_errors(graph, exits)
+    if isinstance(rule.signal, AdaptiveFeedback):
+        check_feedback(graph, exits, rule.signal.path, errors)
+    signal = rule.signal.bound(exits.exits, errors)
     relations = tuple(
         dataclasses.replace(
             r, exits=sum(bool(at.places[r.group]) for at in exits.exits)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._decision import Decision, Kind
 from ._errors import CompileError
 from ._jaxpr import Equation, Program
 from ._locality import Edge
@@ -187,3 +188,46 @@ def _behind(graph: "ETraceGraph", exits: Exits) -> set[int]:
         if found.intersection(equation.outputs):
             found.update(equation.values)
     return found
+
+
+def with_learned(graph: "ETraceGraph", path: str) -> "ETraceGraph":
+    """The graph that hands out the params under this key path, which no equation of
+    the step reads, as weights of the learning signal.
+
+    **Raises:** `CompileError` if there are none."""
+    paths, program = graph.param_leaves.paths, graph.program
+    mine = [
+        k
+        for k, other in enumerate(paths)
+        if other == path or other.startswith((path + ".", path + "["))
+    ]
+    refs = tuple(program.inputs[k] for k in mine)
+    read = {ref for equation in program.equations for ref in equation.values}
+    if not mine or read.intersection(refs):
+        got = "no such param" if not mine else "params that the step reads itself"
+        raise CompileError(
+            f"{path!r}: got {got}, expected params for the learning signal alone. Give "
+            f"the model a field of this name; its params are {', '.join(paths)}."
+        )
+    names = {paths[k] for k in mine}
+    reason = "it makes the learning signal, and learns by a rule of its own"
+    decisions = [d for d in graph.decisions if not names.intersection(d.weight)]
+    decisions += [Decision(Kind.CURRENT_STEP, reason, (paths[k],)) for k in mine]
+    return dataclasses.replace(
+        graph,
+        weights=(*graph.weights, *refs),
+        learned=refs,
+        decisions=tuple(decisions),
+    )
+
+
+def check_feedback(graph: "ETraceGraph", exits: Exits, path: str, errors: int) -> None:
+    """Raise `CompileError` unless there is a matrix of the right shape per exit."""
+    got = [graph.program.avals[ref].shape for ref in graph.learned]
+    expected = [(at.size, errors) for at in exits.exits]
+    if got != expected:
+        raise CompileError(
+            f"{path!r}: got arrays of the shapes {got}, expected {expected}: for each "
+            "value by which units act on others, its elements x output errors. Give "
+            "the model a leaf, or a tuple of leaves, of these shapes."
+        )

@@ -75,6 +75,8 @@ class ETraceGraph(eqx.Module):
     """Per group, what is known of its Jacobian."""
     exits: Exits | None = eqx.field(static=True, default=None)
     """Where signals come in that are not the derivative by the state."""
+    learned: tuple[int, ...] = eqx.field(static=True, default=())
+    """The params, among `weights`, that the learning signal is made with."""
 
     def params(self, model: Any) -> PyTree:
         """The trainable part of `model`, which must have the structure compiled.

@@ -27,7 +27,8 @@ from ._jacobian import (
 from ._relation import Relation
 from ._same_step import partial_signal, same_step_total
 from ._stage import named_leaves
-from ._step import _per_sample, read_step
+from ._step import read_step
+from ._step_credit import per_sample
 
 
 class WeightJacobian(eqx.Module):
@@ -139,7 +140,7 @@ def jacobians(
         )
         return out, new_state, _hidden_to_hidden(graph, found), uses, inputs
 
-    results = _per_sample(graph, one, (None, None, 0, 0))(
+    results = per_sample(graph, one, (None, None, 0, 0))(
         weights, prepared, state_leaves, x_leaves
     )
     out, new_state, *rest = results
@@ -243,7 +244,7 @@ def learning_signal(
             for group, jacobian in zip(graph.groups, found, strict=True)
         )
 
-    return _per_sample(graph, one, (None, None, 0, 0, 0))(
+    return per_sample(graph, one, (None, None, 0, 0, 0))(
         weights, prepared, state_leaves, x_leaves, given
     )
 

@@ -13,6 +13,8 @@ from ._graph import ETraceGraph
 from ._move import move_by_steps
 from ._objective import Losses
 from ._rules import GlobalRule
+from ._step import init_trace
+from ._synthetic import bootstraps, lesson, synthetic
 from ._window import add_gradients, credit, local_reads
 
 
@@ -33,12 +35,20 @@ def multi_step_window(
         moving = [
             leaf for leaf in ran.outs or () if jnp.issubdtype(leaf.dtype, jnp.inexact)
         ]
-        return moving, ran
+        end = [ran.state[i] for i in graph.hidden.leaves] if guesses else []
+        return (moving, end), ran
 
+    guesses = bootstraps(graph)
     hidden = [state[i] for i in graph.hidden.leaves]
-    _, pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
+    (_, end), pull, ran = jax.vjp(outputs, setting.weights, hidden, has_aux=True)
     result, given = losses(ran.outs)
-    direct, edge = pull(given)
+    guess = synthetic(graph, setting.weights, end) if guesses else []
+    direct, edge = pull((given, guess))
+    if guesses:
+        learned = lesson(graph, setting.weights, hidden, edge)
+        pairs = zip(graph.weights, direct, strict=True)
+        total = [g + learned.get(ref, 0) for ref, g in pairs]
+        return result, total, ran.state, init_trace(graph)
     if not graph.rule.windowed:
         total = with_edge(graph, direct, trace, edge)
         new = moved_trace(setting, ran, state, trace, xs, reset)

@@ -261,3 +261,68 @@ class Modulatory(Signal):
             elif places:
                 found = found.at[jnp.asarray(places)].add(modulator.astype(at.dtype))
         return found.reshape(at.shape)
+
+
+class AdaptiveFeedback(Signal):
+    r"""The output error through feedback weights that learn as the readout does.
+
+    $L = B e$, and B gets the gradient of the readout, transposed: with the same weight
+    decay on both they come to agree. B is part of your model, so that optimiser and
+    checkpoints hold it: a leaf, or a tuple of one leaf per exit, that the step does not
+    read. `compile` says which shapes it needs, (units, outputs) each.
+
+    **Arguments:**
+
+    - `path`: the key path of B in the model.
+
+    **Source:** Bellec et al., Nature Communications 11, 2020 (adaptive e-prop), after
+    Kolen and Pollack, *Backpropagation without weight transport*, ICNN 1994.
+
+    !!! example
+
+        ```python
+        class Learner(eqx.Module):
+            net: Net
+            feedback: jax.Array  # (units, outputs)
+
+            def __call__(self, x, state):
+                return self.net(x, state)
+
+        learner = Learner(net, 0.3 * jax.random.normal(key, (8, 2)))
+        rule = eqx_etrace.EProp(signal=eqx_etrace.AdaptiveFeedback("feedback"))
+        graph = eqx_etrace.compile(learner, state, x, rule)
+        ```
+    """
+
+    path: str = eqx.field(static=True, default="feedback")
+
+    def at_exit(
+        self, number: int, at: Exit, error: Shaped[Array, " errors"], given: Any
+    ) -> Shaped[Array, "..."]:
+        """B e; here `given` is B."""
+        del number
+        return _projected(given, at, error)
+
+
+class Bootstrapped(Signal):
+    r"""A learned guess of what the future will say about the state, for `DNI`.
+
+    **Arguments:**
+
+    - `path`: the key path, in the model, of the module M that guesses: it maps the
+      hidden state of a sample, all leaves in one vector (n,), to a vector (n,).
+
+    !!! example
+
+        ```python
+        assert eqx_etrace.DNI("synthesiser").signal.path == "synthesiser"
+        ```
+    """
+
+    path: str = eqx.field(static=True, default="synthesiser")
+
+    def at_exit(
+        self, number: int, at: Exit, error: Shaped[Array, " errors"], given: Any
+    ) -> Shaped[Array, "..."]:
+        """Not by a formula: it comes in at the end of a window."""
+        raise NotImplementedError

@@ -9,29 +9,23 @@ past flows through the trace alone.
 
 import dataclasses
 import functools as ft
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
 
 from ._at_exits import (
-    at_units,
     gains,
-    heard_at_exits,
     tapped_edges,
-    to_state,
     zeros_at_exits,
 )
-from ._dynamics import advance_global, credit_global, init_global
+from ._dynamics import advance_global, init_global
 from ._errors import describe, dtype_of, is_array_like, sentence
 from ._given import read_given
 from ._graph import ETraceGraph
-from ._group import HiddenGroup
 from ._jacobian import (
     GroupJacobian,
     jacobians,
@@ -42,8 +36,17 @@ from ._jacobian import (
     shared_env,
 )
 from ._rules import GlobalRule, LocalRule
-from ._same_step import partial_signal
 from ._stage import Frozen
+from ._step_credit import (
+    credit,
+    credit_at_exits,
+    heard_of,
+    instantiate,
+    is_inexact,
+    per_sample,
+    silent_slots,
+)
+from ._synthetic import bootstraps, lesson, synthetic
 
 
 def init_trace(graph: ETraceGraph) -> PyTree:
@@ -202,11 +205,6 @@ def merge_graph(static: Frozen, arrays: PyTree) -> ETraceGraph:
     return eqx.combine(arrays, static.thaw())
 
 
-def _per_sample(graph: ETraceGraph, fun: Any, axes: tuple[int | None, ...]) -> Any:
-    """`fun` of one sample, or mapped over the batch along these axes."""
-    return fun if graph.batch is None else jax.vmap(fun, in_axes=axes)
-
-
 def _forward(
     graph: ETraceGraph,
     weights: Any,
@@ -232,7 +230,7 @@ def _forward(
             edge=(edge or {}) | tapped_edges(graph, at_exit),
         )
 
-    return _per_sample(graph, one, (None, None, 0, 0, 0, 0))(
+    return per_sample(graph, one, (None, None, 0, 0, 0, 0))(
         weights, prepared, state, x, at_door, at_exit
     )
 
@@ -255,13 +253,11 @@ def advance(
     def one(state: Any, saved: Any) -> Any:
         return jacobians(graph, shared, state, saved)
 
-    found = _per_sample(graph, one, (0, 0))(state, saved)
+    found = per_sample(graph, one, (0, 0))(state, saved)
     env = shared | dict(zip(graph.saved, saved, strict=True))
     gain: Any = [()] * len(graph.groups)
     if graph.rule.filters:
-        gain = _per_sample(graph, ft.partial(gains, graph, shared), (0, 0))(
-            saved, found
-        )
+        gain = per_sample(graph, ft.partial(gains, graph, shared), (0, 0))(saved, found)
     new, whole = [], graph.rule.whole(graph.relations, trace)
     for relation, old in zip(graph.relations, whole, strict=True):
         jacobian = relation_jacobian(graph, relation, found[relation.group], env)
@@ -270,45 +266,6 @@ def advance(
         now = graph.rule.update_all(relation, old, jacobian, moving, graph.batch)
         new.append(graph.rule.kept(relation, now))
     return tuple(new), found
-
-
-def _credit(
-    graph: ETraceGraph,
-    trace: Any,
-    derivatives: list[Any],
-    found: tuple[GroupJacobian, ...] | None,
-    silent: tuple[tuple[bool, ...], ...],
-    gradients: tuple[Any, ...],
-) -> tuple[Any, ...]:
-    """Add to the gradients what the traces give for derivatives by the hidden leaves.
-
-    With the Jacobians, the derivatives are by the new state and become the learning
-    signal; without, they are by the old state and are the signal. A silent slot has a
-    signal of zero, which costs nothing.
-    """
-    if isinstance(graph.rule, GlobalRule):
-        more = credit_global(graph, graph.rule, trace, derivatives)
-        pairs = zip(gradients, more, strict=True)
-        return tuple(g if new is None else g + new for g, new in pairs)
-
-    def signals(derivatives: Any, found: Any) -> Any:
-        leaves = dict(enumerate(derivatives))
-        per_group = []
-        for number, group in enumerate(graph.groups):
-            signal = group.read(leaves)
-            if found is not None:
-                signal = partial_signal(signal, found[number].within)
-            quiet = zip(signal, silent[number], strict=True)
-            per_group.append([None if none else v for v, none in quiet])
-        return per_group
-
-    heard = _per_sample(graph, signals, (0, 0))(derivatives, found)
-    total = dict(zip(graph.weights, gradients, strict=True))
-    whole = graph.rule.whole(graph.relations, trace)
-    for relation, entries in zip(graph.relations, whole, strict=True):
-        gradient = graph.rule.gradient(relation, entries, heard[relation.group])
-        total[relation.ref] = total[relation.ref] + gradient
-    return tuple(total[ref] for ref in graph.weights)
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -345,7 +302,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     cut = single and not whole
     edge = dict.fromkeys(related, jax.lax.stop_gradient) if cut else None
     taps = graph.exits is not None and graph.rule.filters
-    moving = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(x[i]))
+    moving = tuple(i for i, moves in enumerate(perturbed) if moves and is_inexact(x[i]))
 
     def full(weights: Any, moved: Any, leaves: Any) -> Any:
         inputs, old = list(x), list(state)
@@ -359,7 +316,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
             graph, weights, prepared, old, inputs, at[0], whole, edge, at[1]
         )
         new_state, out, _ = result
-        return [leaf for leaf in (*new_state, *out) if _inexact(leaf)], result
+        return [leaf for leaf in (*new_state, *out) if is_inexact(leaf)], result
 
     leaves = [jnp.zeros_like(leaf) for leaf in hidden] if single else hidden
     leaves = zeros_at_exits(graph) if taps else leaves
@@ -371,6 +328,8 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     kept = (new_trace, found) if single else (trace, None)
     marks = dict.fromkeys(moving)
     local = None if graph.exits is None else (weights, prepared, saved, given)
+    if bootstraps(graph):
+        local = weights, hidden, [new_state[i] for i in graph.hidden.leaves]
     return (out, new_state, new_trace), (arrays, pull, kept, marks, local)
 
 
@@ -378,6 +337,13 @@ def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...
     arrays, pull, (trace, found), marks, local = residuals
     graph = merge_graph(static, arrays)
     of_out, of_state, _ = cotangents
+    of_state = list(of_state)
+    if bootstraps(graph):
+        weights, old, new = local
+        for i, more in zip(
+            graph.hidden.leaves, synthetic(graph, weights, new), strict=True
+        ):
+            of_state[i] = instantiate(of_state[i]) + more
     given = [
         instantiate(cotangent)
         for cotangent, spec in zip(
@@ -385,91 +351,29 @@ def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...
             (*graph.state_leaves.parts.specs, *graph.out_leaves.specs),
             strict=True,
         )
-        if _inexact(spec)
+        if is_inexact(spec)
     ]
     of_weights, of_moved, derivatives = pull(given)
     silent = tuple(
-        _silent_slots(graph, group, of_state, single=found is not None)
+        silent_slots(graph, group, of_state, single=found is not None)
         for group in graph.groups
     )
     gradients = of_weights
-    if local is not None:
-        derivatives, heard = _heard(graph, local, derivatives, of_out, of_state)
-        gradients = _credit_at_exits(graph, trace, heard, gradients)
+    if bootstraps(graph):
+        learned = lesson(graph, local[0], local[1], derivatives)
+        pairs = zip(graph.weights, gradients, strict=True)
+        gradients = tuple(g + learned.get(ref, 0) for ref, g in pairs)
+    elif local is not None:
+        derivatives, heard, learned = heard_of(
+            graph, local, derivatives, of_out, of_state
+        )
+        gradients = credit_at_exits(graph, trace, heard, learned, gradients)
     if derivatives is not None:
-        gradients = _credit(graph, trace, derivatives, found, silent, gradients)
+        gradients = credit(graph, trace, derivatives, found, silent, gradients)
     of_x: list[Any] = [None] * graph.x_leaves.count
     for i, cotangent in zip(marks, of_moved, strict=True):
         of_x[i] = cotangent
     return None, gradients, None, None, None, None, of_x
-
-
-def _heard(
-    graph: ETraceGraph, local: Any, at_exits: Any, of_out: Any, of_state: Any
-) -> tuple[list[Any] | None, list[list[Any]] | None]:
-    """The derivatives by the new hidden leaves that the rule's signal makes, or None
-    for zeros; and per group the signals at its exits, for a rule that filters them."""
-    exits, (weights, prepared, saved, given) = graph.exits, local
-    assert exits is not None
-    filters = graph.rule.filters
-    of_doors = [of_state[i] for i in graph.hidden.leaves]
-    quiet = all(isinstance(cotangent, SymbolicZero) for cotangent in of_doors)
-    shared = shared_env(graph, weights, prepared)
-
-    def one(saved: Any, given: Any, at_exits: Any, of_out: Any, of_doors: Any) -> Any:
-        env = shared | dict(zip(graph.saved, saved, strict=True))
-        heard = heard_at_exits(graph, of_out, at_exits, given)
-        found = to_state(graph, env, None if filters else heard, of_out, of_doors)
-        return found, at_units(graph, heard)
-
-    inexact = [
-        instantiate(cotangent)
-        for cotangent, spec in zip(of_out, graph.out_leaves.specs, strict=True)
-        if _inexact(spec)
-    ]
-    args = saved, given, at_exits, inexact, list(map(instantiate, of_doors))
-    found, heard = _per_sample(graph, one, (0, 0, 0, 0, 0))(*args)
-    if not filters:
-        return found, None
-    return (None if quiet and not exits.direct else found), heard
-
-
-def _credit_at_exits(
-    graph: ETraceGraph, trace: Any, heard: Any, gradients: Sequence[Any]
-) -> tuple[Any, ...]:
-    """Add to the gradients what the traces give for signals at the exits."""
-    if heard is None:
-        return tuple(gradients)
-    rule = graph.rule
-    assert isinstance(rule, LocalRule)  # No other filters.
-    total = dict(zip(graph.weights, gradients, strict=True))
-    whole = rule.whole(graph.relations, trace)
-    for relation, entries in zip(graph.relations, whole, strict=True):
-        more = rule.gradient_at_exits(relation, entries, heard[relation.group])
-        total[relation.ref] = total[relation.ref] + more
-    return tuple(total[ref] for ref in graph.weights)
-
-
-def _silent_slots(
-    graph: ETraceGraph, group: HiddenGroup, of_state: Any, *, single: bool
-) -> tuple[bool, ...]:
-    """The slots that nothing but their own unit reads, the loss included."""
-    slots = []
-    for leaf, silent in zip(group.slot_leaf, group.silent, strict=True):
-        cotangent = of_state[graph.hidden.leaves[leaf]]
-        slots.append(single and silent and isinstance(cotangent, SymbolicZero))
-    return tuple(slots)
-
-
-def _inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def instantiate(cotangent: Any) -> Any:
-    if not isinstance(cotangent, SymbolicZero):
-        return cotangent
-    aval: Any = cotangent.aval
-    return jnp.zeros(aval.shape, aval.dtype)
 
 
 _core.defvjp(_core_fwd, _core_bwd, symbolic_zeros=True)

@@ -16,7 +16,9 @@ from ._inputs import Inputs, read_inputs, window_of
 from ._jacobian import prepare
 from ._multi_step import forward_from, moved_trace, with_edge
 from ._stage import Frozen
-from ._step import check_trace, init_trace, instantiate, merge_graph, read_state
+from ._step import check_trace, init_trace, merge_graph, read_state
+from ._step_credit import instantiate, is_inexact
+from ._synthetic import bootstraps, lesson, synthetic
 from ._window import local_reads
 
 
@@ -150,10 +152,6 @@ def _state(graph: ETraceGraph, leaves: Any) -> PyTree:
     return jtu.tree_unflatten(table.treedef, table.join(leaves))
 
 
-def _inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
     static: tuple[Frozen, tuple[tuple[bool, ...], int]],
@@ -181,27 +179,38 @@ def _core_fwd(static: Any, *primals: Any) -> tuple[Any, Any]:
     arrays, weights, prepared, state, trace, xs = values
     graph = merge_graph(static[0], arrays)
     setting = Setting(graph, weights, prepared, *static[1])
-    moved = tuple(i for i, moves in enumerate(perturbed) if moves and _inexact(xs[i]))
+    moving = enumerate(perturbed)
+    moved = tuple(i for i, moves in moving if moves and is_inexact(xs[i]))
 
     def full(weights: Any, hidden: Any, changed: Any) -> Any:
         inputs = list(xs)
         for i, leaf in zip(moved, changed, strict=True):
             inputs[i] = leaf
         ran = forward_from(setting, weights, state, hidden, inputs, None)
-        return [leaf for leaf in (*ran.state, *(ran.outs or ())) if _inexact(leaf)], ran
+        return [
+            leaf for leaf in (*ran.state, *(ran.outs or ())) if is_inexact(leaf)
+        ], ran
 
     hidden = [state[i] for i in graph.hidden.leaves]
     changed = [xs[i] for i in moved]
     _, pull, ran = jax.vjp(full, weights, hidden, changed, has_aux=True)
     new = moved_trace(setting, ran, state, trace, xs, None)
-    kept = arrays, pull, trace, dict.fromkeys(moved)
+    local = None
+    if bootstraps(graph):
+        local = weights, hidden, [ran.state[i] for i in graph.hidden.leaves]
+    kept = arrays, pull, trace, dict.fromkeys(moved), local
     return (ran.outs, ran.state, new), kept
 
 
 def _core_bwd(static: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    arrays, pull, trace, moved = residuals
+    arrays, pull, trace, moved, local = residuals
     graph = merge_graph(static[0], arrays)
     of_outs, of_state, _ = cotangents
+    of_state = list(of_state)
+    if bootstraps(graph):
+        guess = synthetic(graph, local[0], local[2])
+        for i, more in zip(graph.hidden.leaves, guess, strict=True):
+            of_state[i] = instantiate(of_state[i]) + more
     given = [
         instantiate(cotangent)
         for cotangent, spec in zip(
@@ -209,13 +218,17 @@ def _core_bwd(static: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
             (*graph.state_leaves.parts.specs, *graph.out_leaves.specs),
             strict=True,
         )
-        if _inexact(spec)
+        if is_inexact(spec)
     ]
     of_weights, edge, of_moved = pull(given)
     of_x: list[Any] = [None] * graph.x_leaves.count
     for i, cotangent in zip(moved, of_moved, strict=True):
         of_x[i] = cotangent
     total = with_edge(graph, of_weights, trace, edge)
+    if bootstraps(graph):
+        learned = lesson(graph, local[0], local[1], edge)
+        pairs = zip(graph.weights, total, strict=True)
+        total = [g + learned.get(ref, 0) for ref, g in pairs]
     return None, tuple(total), None, None, None, of_x
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._at_exits import heard_at_exits, to_state
+from ._at_exits import feedback_gradients, heard_at_exits, to_state
 from ._forward import (
     Forward,
     Plan,
@@ -266,22 +266,29 @@ def _signals(
     given = merge(graph, given)
     direct, totals = pull(given)
     if graph.exits is not None:
-        totals = _at_exits(setting, merged, given, merge(graph, losses.signal))
+        signal = merge(graph, losses.signal)
+        totals, learned = _at_exits(setting, merged, given, signal)
+        learned = dict(zip(graph.learned, learned, strict=True))
+        pairs = zip(graph.weights, direct, strict=True)
+        direct = [g + learned[r].sum(0) if r in learned else g for r, g in pairs]
     return result, list(direct), totals
 
 
 def _at_exits(
     setting: Setting, merged: dict[int, Any], of_out: Sequence[Any], signal: Any
-) -> list[Any]:
-    """The same derivatives by the new hidden leaves as the rule's signal makes them."""
+) -> tuple[list[Any], list[Any]]:
+    """The same derivatives by the new hidden leaves as the rule's signal makes them,
+    and the gradients of learned feedback, of each sample."""
     graph, env, doors = setting.graph, setting.env, setting.graph.hidden.doors
     assert graph.exits is not None
     context = {ref: merged[ref] for ref in graph.exits.context}
 
-    def one(context: dict[int, Any], of_out: Any, signal: Any) -> list[Any]:
+    def one(context: dict[int, Any], of_out: Any, signal: Any) -> Any:
         zeros = [jnp.zeros_like(context[ref]) for ref in doors]
-        heard = heard_at_exits(graph, of_out, (), signal)
-        return to_state(graph, env | context, heard, of_out, zeros)
+        now = env | context
+        heard = heard_at_exits(graph, now, of_out, (), signal)
+        found = to_state(graph, now, heard, of_out, zeros)
+        return found, feedback_gradients(graph, now, of_out)
 
     return jax.vmap(one)(context, list(of_out), signal)
 

@@ -1,5 +1,7 @@
 """Learning signals and the kappa filter, against their formulas."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from models import MODELS, random_state, sequence, spike
 from oracles import assert_same_gradient, bptt, quick_jit
-from windows import assert_same, by_steps, differ, squares
+from windows import assert_same, by_steps, differ, local, squares
 
 import eqx_etrace as etrace
 
@@ -25,7 +27,7 @@ class LIF(eqx.Module):
     out: jax.Array
     adapts: bool = eqx.field(static=True, default=False)
 
-    def __call__(self, x, state):
+    def __call__(self, x, state) -> tuple[jax.Array, Any]:
         v, a = state if self.adapts else (state, jnp.zeros(N))
         z = spike(v - 1 - BETA * a)
         v = LEAK * v + self.w @ x + self.u @ z
@@ -77,7 +79,7 @@ def _by_formula(plain, xs, ts, signal, kappa=0.0, fresh=1.0, adapts=False):
 
 def _matrix(graph):
     """The random weights of a graph's signal."""
-    (matrix,) = graph.rule.signal.matrices
+    (matrix,) = local(graph).signal.matrices  # pyright: ignore
     assert matrix.shape[0] == N
     return np.asarray(matrix)
 
@@ -257,7 +259,7 @@ def test_a_batch_is_its_samples(rule):
 
 def test_each_layer_has_its_own_random_weights():
     graph, *_ = _two_layers(etrace.DRTRL(signal=FEEDBACK))
-    first, second = graph.rule.signal.matrices
+    first, second = local(graph).signal.matrices  # pyright: ignore
     assert first.shape[1] == second.shape[1]
     assert not np.array_equal(first[:2], second[:2])
 
@@ -299,7 +301,8 @@ def test_a_step_and_learn_take_the_modulator_as_an_argument():
     expected = _gradient(graph, params, state, xs, ts, signal=signal)
 
     def at_step(params, carry, x, t, m):
-        out, *new = etrace.step(graph, params, *carry, x, signal=m)
+        state, trace = carry
+        out, *new = etrace.step(graph, params, state, trace, x, signal=m)
         return squares(out, t), new
 
     def body(carry, now):

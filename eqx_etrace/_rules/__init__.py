@@ -1,6 +1,7 @@
 """Learning rules, one a file."""
 
 from ._base import LocalRule as LocalRule, RelationJacobian as RelationJacobian
+from ._dni import DNI as DNI
 from ._drtrl import DRTRL as DRTRL
 from ._esdrtrl import ESDRTRL as ESDRTRL, FactorisedTrace as FactorisedTrace
 from ._global import (
