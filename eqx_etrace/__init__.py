@@ -27,6 +27,8 @@ from ._rules import (
     RTRL as RTRL,
     SKRTRL as SKRTRL,
     UORO as UORO,
+    Budget as Budget,
+    ByWeight as ByWeight,
     Immediate as Immediate,
     PPProp as PPProp,
     SnAp as SnAp,

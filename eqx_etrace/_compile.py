@@ -8,6 +8,7 @@ find_locality   what must be cut so that neurons stay apart, and who feeds whom
 relations       which use of a weight feeds which units
 find_bypasses   whether the new state is the only way out
 with_facts      which traces are the same for all units (local rules)
+_with_rule      which rule each weight has, and what their traces share (local rules)
 structure       which numbers act on which (global rules that ask for it)
 """
 
@@ -47,7 +48,8 @@ from ._relation import (
     make_relation,
     related_groups,
 )
-from ._rules import DRTRL, GlobalRule, LocalRule
+from ._rules import DRTRL, GlobalRule, LocalRule, Weights
+from ._shared import share_names
 from ._space import credited
 from ._stage import Staged, stage
 from ._units import Units, find_units
@@ -290,7 +292,25 @@ def compile(
         bound = rule.bound(lambda: structure(graph, reads))
         kept = of_whole_state(graph.decisions, credited(graph))
         return dataclasses.replace(graph, rule=bound, decisions=kept)
-    return with_facts(graph)
+    return _with_rule(with_facts(graph), rule)
+
+
+def _with_rule(graph: ETraceGraph, rule: LocalRule) -> ETraceGraph:
+    """The graph with the rule for its weights, and relations that know what they
+    share."""
+    leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
+    shapes = {path: spec.shape for path, spec in leaves}
+    weights = Weights(shapes, graph.relations, share_names(graph), graph.batch)
+    bound, decisions = rule.bound(weights)
+    shares = weights.shares([id(bound.of(relation)) for relation in graph.relations])
+    relations = tuple(
+        dataclasses.replace(relation, same_x=x, same_df=df)
+        for relation, (x, df) in zip(graph.relations, shares, strict=True)
+    )
+    decisions = (*graph.decisions, *decisions)
+    return dataclasses.replace(
+        graph, rule=bound, relations=relations, decisions=decisions
+    )
 
 
 def _assemble(

@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -87,8 +87,6 @@ class DRTRL(LocalRule):
         ```
     """
 
-    by_adjoint: ClassVar[bool] = True
-
     scope: Scope = eqx.field(static=True, default="local")
     trace_dtype: Any = eqx.field(static=True, default=None)
     recursion: Literal["jacobian"] | float = eqx.field(static=True, default="jacobian")
@@ -114,6 +112,11 @@ class DRTRL(LocalRule):
                 f"trace_dtype: got {self.trace_dtype!r}, expected a real "
                 "floating-point dtype or None. Try jnp.bfloat16."
             )
+
+    @property
+    def by_adjoint(self) -> bool:
+        """It has."""
+        return True
 
     @property
     def leak(self) -> float | None:
