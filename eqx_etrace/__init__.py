@@ -31,6 +31,8 @@ from ._rules import (
     RTRL as RTRL,
     SKRTRL as SKRTRL,
     UORO as UORO,
+    Budget as Budget,
+    ByWeight as ByWeight,
     EProp as EProp,
     Immediate as Immediate,
     Kappa as Kappa,

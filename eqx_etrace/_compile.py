@@ -9,6 +9,7 @@ relations       which use of a weight feeds which units
 find_bypasses   whether the new state is the only way out
 find_exits      where the units act beyond themselves (signals other than the exact)
 with_facts      which traces are the same for all units (local rules)
+_with_rule      which rule each weight has, and what their traces share (local rules)
 structure       which numbers act on which (global rules that ask for it)
 """
 
@@ -50,7 +51,8 @@ from ._relation import (
     make_relation,
     related_groups,
 )
-from ._rules import DNI, DRTRL, GlobalRule, LocalRule
+from ._rules import DNI, DRTRL, GlobalRule, LocalRule, Weights
+from ._shared import share_names
 from ._signals import AdaptiveFeedback, Bootstrapped, Symmetric
 from ._space import credited
 from ._stage import Staged, stage
@@ -307,7 +309,7 @@ def compile(
         bound = rule.bound(lambda: structure(graph, reads))
         kept = of_whole_state(graph.decisions, credited(graph))
         return dataclasses.replace(graph, rule=bound, decisions=kept)
-    return with_facts(_with_exits(graph, reads, bypasses))
+    return _with_rule(with_facts(_with_exits(graph, reads, bypasses)))
 
 
 def _with_exits(
@@ -356,6 +358,25 @@ def _with_exits(
         relations=relations,
         saved=saved,
         rule=rule.with_signal(signal),
+    )
+
+
+def _with_rule(graph: ETraceGraph) -> ETraceGraph:
+    """The graph with the rule for its weights, and relations that know what they
+    share."""
+    leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
+    shapes = {path: spec.shape for path, spec in leaves}
+    weights = Weights(shapes, graph.relations, share_names(graph), graph.batch)
+    assert isinstance(graph.rule, LocalRule)
+    bound, decisions = graph.rule.bound(weights)
+    shares = weights.shares([id(bound.of(relation)) for relation in graph.relations])
+    relations = tuple(
+        dataclasses.replace(relation, same_x=x, same_df=df)
+        for relation, (x, df) in zip(graph.relations, shares, strict=True)
+    )
+    decisions = (*graph.decisions, *decisions)
+    return dataclasses.replace(
+        graph, rule=bound, relations=relations, decisions=decisions
     )
 
 

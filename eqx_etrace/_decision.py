@@ -24,6 +24,7 @@ class Kind(enum.Enum):
     WARNING = "approximation chosen by the user"
     REWRITTEN = "read in another form"
     DENSE = "dense Jacobian of the step"
+    CHOSEN = "rule chosen to fit a budget"
     BY_AD = "no closed form: Jacobian by automatic differentiation"
 
 

@@ -15,6 +15,7 @@ from ._jaxpr import Origin, describe_equation
 from ._locality import flow
 from ._relation import find_uses
 from ._report import Report
+from ._rules import name_of
 
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def draw(graph: "ETraceGraph") -> Drawing:
         *_cuts(graph),
     ]
     batch = "unbatched" if graph.batch is None else f"batch {graph.batch}"
-    title = f"{type(graph.rule).__name__}, {graph.vjp}, {batch}"
+    title = f"{name_of(graph.rule)}, {graph.vjp}, {batch}"
     return Drawing(title, tuple(_nodes(graph)), tuple(dict.fromkeys(edges)))
 
 

@@ -52,3 +52,11 @@ def dtype_of(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf.dtype
     return jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf))
+
+
+def size(count: int | float) -> str:
+    """A number of bytes as a person reads it."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:g} B"

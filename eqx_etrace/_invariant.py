@@ -29,7 +29,6 @@ from ._jacobian import group_jacobian, shared_env
 from ._jaxpr import REDUCTIONS, Equation, Program, literal, live
 from ._reads import ALL, NONE, Mixing, Reads
 from ._relation import Relation
-from ._shared import with_shares
 
 
 def with_facts(graph: ETraceGraph) -> ETraceGraph:
@@ -43,8 +42,7 @@ def with_facts(graph: ETraceGraph) -> ETraceGraph:
             found = _alike(relation, facts[relation.group].alike, use)
             relation = dataclasses.replace(relation, alike=found)
         relations.append(relation)
-    graph = dataclasses.replace(graph, relations=tuple(relations), facts=facts)
-    return dataclasses.replace(graph, relations=with_shares(graph))
+    return dataclasses.replace(graph, relations=tuple(relations), facts=facts)
 
 
 def _gains(relation: Relation) -> bool:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ._decision import Decision, Kind
-from ._rules import GlobalRule, LocalRule
+from ._errors import size
+from ._rules import Composite, GlobalRule, LocalRule, name_of
 from ._space import credited, trace_bytes
 
 
@@ -32,50 +33,45 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  " + line for line in lines]
 
 
-def size(count: int) -> str:
-    """A number of bytes as a person reads it."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
-
-
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(str(n) for n in shape) or "scalar"
 
 
 def _weights(graph: "ETraceGraph") -> list[str]:
-    header = ("weight", "shape", "op rule", "group", "trace", "credit")
+    header = ("weight", "shape", "op rule", "group", "rule", "trace", "credit")
     rows = []
     leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
     whole = credited(graph) if isinstance(graph.rule, GlobalRule) else ()
     for path, spec in leaves:
         if isinstance(graph.rule, GlobalRule) and path in whole:
-            row = (path, _shape(spec.shape), "-", "-", "in one", graph.rule.credit)
-            rows.append(row)
+            row = ("-", "-", "-", "in one", graph.rule.credit)
+            rows.append((path, _shape(spec.shape), *row))
             continue
         rows += [(path, _shape(spec.shape), *row) for row in _credits(graph, path)]
+    if not isinstance(graph.rule, Composite) or len(graph.rule.rules) == 1:
+        header, *rows = ((*row[:4], *row[5:]) for row in (header, *rows))
     return _table(header, rows)
 
 
 def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
     """The rows of one weight: its uses with a trace, then those without."""
-    bytes_: dict[tuple[str, str, str], int] = {}
+    bytes_: dict[tuple[str, str, str, str], int] = {}
     for relation in graph.relations:
         if path in relation.weight:
             leaves = graph.groups[relation.group].leaves
             named = zip(relation.slots, relation.forms, strict=True)
             slots = ", ".join(leaves[slot] + form for slot, form in named)
-            key = (relation.op.name, str(relation.group), f"trace on {slots}")
             assert isinstance(graph.rule, LocalRule)
+            rule = name_of(graph.rule.of(relation))
+            key = (relation.op.name, str(relation.group), rule, f"trace on {slots}")
             count = (graph.batch or 1) * graph.rule.trace_bytes(relation)
             bytes_[key] = bytes_.get(key, 0) + count
-    rows = [(op, group, size(n), text) for (op, group, text), n in bytes_.items()]
+    rows = [(*key[:3], size(count), key[3]) for key, count in bytes_.items()]
     for decision in graph.decisions:
         kinds = (Kind.CURRENT_STEP, Kind.UNUSED)
         if decision.kind in kinds and path in decision.weight:
             text = f"{decision.kind.value}: {decision.reason}"
-            rows.append(("none", "-", "0 B", text))
+            rows.append(("none", "-", "-", "0 B", text))
     return list(dict.fromkeys(rows))
 
 
@@ -97,11 +93,10 @@ def report(graph: "ETraceGraph") -> Report:
     """The text of `graph.report()`."""
     total = trace_bytes(graph)
     batch = "unbatched" if graph.batch is None else f"batch {graph.batch}"
-    rule = type(graph.rule).__name__
-    rule += "" if graph.rule.scope == "local" else f"(scope='{graph.rule.scope}')"
     of_kind = {kind: [d for d in graph.decisions if d.kind is kind] for kind in Kind}
     lines = [
-        f"{rule}, {graph.vjp}, {batch}, trace {size((graph.batch or 1) * total)}",
+        f"{name_of(graph.rule)}, {graph.vjp}, {batch}, "
+        f"trace {size((graph.batch or 1) * total)}",
         "",
         "Weights",
         *_weights(graph),
@@ -113,6 +108,7 @@ def report(graph: "ETraceGraph") -> Report:
         *_list("Credit between units that is cut", of_kind[Kind.CUT]),
         *_list("Credit across hidden groups", of_kind[Kind.ACROSS_GROUPS]),
         *_list("Read in another form", of_kind[Kind.REWRITTEN]),
+        *_list("Rules chosen to fit a budget", of_kind[Kind.CHOSEN]),
         *_list("With the dense Jacobian of the step", of_kind[Kind.DENSE]),
         *_list("Without a closed form", of_kind[Kind.BY_AD]),
         *_list("Warnings", of_kind[Kind.WARNING]),

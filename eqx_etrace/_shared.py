@@ -5,8 +5,7 @@ happens to them, differ in one factor of the trace only. A rule that keeps the f
 apart keeps the common one once.
 """
 
-import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +16,12 @@ from ._jaxpr import literal
 from ._relation import Relation
 
 
-def with_shares(graph: ETraceGraph) -> tuple[Relation, ...]:
-    """The relations, each with the numbers of those it shares with."""
-    same_x = _firsts(graph, _derivative_key)
-    same_df = _firsts(graph, _drive_key)
-    pairs = zip(graph.relations, same_x, same_df, strict=True)
+def share_names(graph: ETraceGraph) -> tuple[tuple[Hashable, Hashable], ...]:
+    """Per relation a name of its dy/dw and one of its df, see `Weights.names`."""
     return tuple(
-        dataclasses.replace(relation, same_x=x, same_df=df) for relation, x, df in pairs
+        (_derivative_key(graph, relation), _drive_key(graph, relation))
+        for relation in graph.relations
     )
-
-
-def _firsts(
-    graph: ETraceGraph, key: Callable[[ETraceGraph, Relation], Hashable]
-) -> list[int | None]:
-    """Per relation the number of the first with the same key, None for the first."""
-    found, first = [], {}
-    for number, relation in enumerate(graph.relations):
-        name = key(graph, relation)
-        found.append(None if name is None else first.get(name))
-        first.setdefault(name, number)
-    return found
 
 
 def _drive_key(graph: ETraceGraph, relation: Relation) -> Hashable:

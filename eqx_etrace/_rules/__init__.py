@@ -1,6 +1,8 @@
 """Learning rules, one a file."""
 
 from ._base import LocalRule as LocalRule, RelationJacobian as RelationJacobian
+from ._budget import Budget as Budget
+from ._by_weight import ByWeight as ByWeight, Composite as Composite, name_of as name_of
 from ._dni import DNI as DNI
 from ._drtrl import DRTRL as DRTRL
 from ._esdrtrl import ESDRTRL as ESDRTRL, FactorisedTrace as FactorisedTrace
@@ -26,4 +28,5 @@ from ._rtrl import RTRL as RTRL
 from ._skrtrl import SKRTRL as SKRTRL, Sketch as Sketch
 from ._snap import SnAp as SnAp
 from ._uoro import UORO as UORO, RankOne as RankOne
+from ._weights import Weights as Weights
 from ._window import GroupWindow as GroupWindow, Window as Window

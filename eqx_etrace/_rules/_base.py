@@ -10,8 +10,10 @@ import jax
 from jaxtyping import Array, PyTree, Shaped
 
 from .._custom_types import Scope
+from .._decision import Decision
 from .._relation import Relation
 from .._signals import Signal, Symmetric
+from ._weights import Weights
 
 
 if TYPE_CHECKING:
@@ -79,8 +81,6 @@ class LocalRule(eqx.Module):
     scope: eqx.AbstractVar[Scope]
     windowed: ClassVar[bool] = False
     """Whether the rule has `window`; without, steps are taken one by one."""
-    by_adjoint: ClassVar[bool] = False
-    """Whether the rule has `from_adjoint`."""
     filters: ClassVar[bool] = False
     """Whether the rule has `gradient_at_exits`, for signals that come in there."""
 
@@ -95,12 +95,28 @@ class LocalRule(eqx.Module):
         return dataclasses.replace(self, signal=signal)
 
     @property
+    def by_adjoint(self) -> bool:
+        """Whether the rule has `from_adjoint`."""
+        return False
+
+    @property
     def leak(self) -> float | None:
         """A number in place of D, None to take D as it is.
 
         The trace of every slot then decays by it at each step, and slots act on each
         other within a step alone. 0 leaves no past at all."""
         return None
+
+    def of(self, relation: Relation) -> "LocalRule":
+        """The rule of one relation: this one, unless it is made of several."""
+        del relation
+        return self
+
+    def bound(self, weights: Weights) -> tuple["LocalRule", tuple[Decision, ...]]:
+        """The rule for these weights, and what it decided; itself, if that is enough.
+        The compiler calls it once."""
+        del weights
+        return self, ()
 
     @abstractmethod
     def init(self, relation: Relation) -> PyTree:
@@ -177,10 +193,20 @@ class LocalRule(eqx.Module):
         del relation
         return trace
 
+    def joined(
+        self, relation: Relation, trace: PyTree, earlier: Sequence[PyTree]
+    ) -> PyTree:
+        """A trace with what it shares with those of earlier relations, which are whole:
+        the inverse of `kept`."""
+        del relation, earlier
+        return trace
+
     def whole(self, relations: Sequence[Relation], traces: Sequence[PyTree]) -> PyTree:
-        """All traces with what they share: the inverse of `kept`."""
-        del relations
-        return tuple(traces)
+        """All traces with what they share."""
+        found: list[PyTree] = []
+        for relation, trace in zip(relations, traces, strict=True):
+            found.append(self.joined(relation, trace, found))
+        return tuple(found)
 
     def trace_bytes(self, relation: Relation) -> int:
         """Bytes of the trace of one sample."""

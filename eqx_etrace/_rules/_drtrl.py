@@ -101,7 +101,6 @@ class DRTRL(LocalRule):
     """
 
     windowed: ClassVar[bool] = True
-    by_adjoint: ClassVar[bool] = True
 
     scope: Scope = eqx.field(static=True, default="local")
     trace_dtype: Any = eqx.field(static=True, default=None)
@@ -139,6 +138,11 @@ class DRTRL(LocalRule):
                 f"trace_dtype: got {self.trace_dtype!r}, expected a real "
                 "floating-point dtype or None. Try jnp.bfloat16."
             )
+
+    @property
+    def by_adjoint(self) -> bool:
+        """It has."""
+        return True
 
     @property
     def leak(self) -> float | None:

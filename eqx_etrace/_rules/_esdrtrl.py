@@ -135,20 +135,17 @@ class ESDRTRL(LocalRule):
             trace = trace._replace(postsynaptic=None, weight=None)
         return trace
 
-    def whole(
-        self, relations: Sequence[Relation], traces: Sequence[FactorisedTrace]
-    ) -> tuple[FactorisedTrace, ...]:
+    def joined(
+        self, relation: Relation, trace: FactorisedTrace, earlier: Sequence[Any]
+    ) -> FactorisedTrace:
         """With them."""
-        found: list[FactorisedTrace] = []
-        for relation, trace in zip(relations, traces, strict=True):
-            if relation.same_x is not None:
-                pre = found[relation.same_x].presynaptic
-                trace = trace._replace(presynaptic=pre)
-            if relation.same_df is not None:
-                _, post, weight = found[relation.same_df]
-                trace = trace._replace(postsynaptic=post, weight=weight)
-            found.append(trace)
-        return tuple(found)
+        if relation.same_x is not None:
+            pre = earlier[relation.same_x].presynaptic
+            trace = trace._replace(presynaptic=pre)
+        if relation.same_df is not None:
+            _, post, weight = earlier[relation.same_df]
+            trace = trace._replace(postsynaptic=post, weight=weight)
+        return trace
 
     def update(
         self, relation: Relation, trace: FactorisedTrace, jacobian: RelationJacobian
