@@ -22,6 +22,7 @@ from ._relation import Relation as Relation
 from ._rules import (
     DRTRL as DRTRL,
     ESDRTRL as ESDRTRL,
+    KFRTRL as KFRTRL,
     OSTL as OSTL,
     OTTT as OTTT,
     RTRL as RTRL,

@@ -20,7 +20,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._bind import structure
+from ._bind import structure, weight_uses
 from ._canonicalise import canonicalise, nested
 from ._credit import (
     Analysis,
@@ -287,7 +287,9 @@ def compile(
         (*decide(analysis), *rewritten, *bypasses),
     )
     if isinstance(rule, GlobalRule):
-        bound = rule.bound(lambda: structure(graph, reads))
+        bound = rule.bound(
+            lambda: structure(graph, reads), lambda: weight_uses(graph, op_rules)
+        )
         kept = of_whole_state(graph.decisions, credited(graph))
         return dataclasses.replace(graph, rule=bound, decisions=kept)
     return with_facts(graph)

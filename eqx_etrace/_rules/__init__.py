@@ -9,6 +9,7 @@ from ._global import (
     Sizes as Sizes,
     Structure as Structure,
 )
+from ._kfrtrl import KFRTRL as KFRTRL, Factors as Factors
 from ._named import (
     OSTL as OSTL,
     OTTT as OTTT,
@@ -19,4 +20,10 @@ from ._rtrl import RTRL as RTRL
 from ._skrtrl import SKRTRL as SKRTRL, Sketch as Sketch
 from ._snap import SnAp as SnAp
 from ._uoro import UORO as UORO, RankOne as RankOne
+from ._uses import (
+    Space as Space,
+    UseJacobian as UseJacobian,
+    Uses as Uses,
+    WeightUse as WeightUse,
+)
 from ._window import GroupWindow as GroupWindow, Window as Window
