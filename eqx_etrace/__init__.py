@@ -23,6 +23,7 @@ from ._rules import (
     DNI as DNI,
     DRTRL as DRTRL,
     ESDRTRL as ESDRTRL,
+    KFRTRL as KFRTRL,
     OSTL as OSTL,
     OSTTP as OSTTP,
     OTPE as OTPE,

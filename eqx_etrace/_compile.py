@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._at_exits import count_errors
-from ._bind import structure
+from ._bind import structure, weight_uses
 from ._canonicalise import canonicalise, nested
 from ._credit import (
     Analysis,
@@ -306,7 +306,9 @@ def compile(
         (*decide(analysis), *rewritten, *bypasses),
     )
     if isinstance(rule, GlobalRule):
-        bound = rule.bound(lambda: structure(graph, reads))
+        bound = rule.bound(
+            lambda: structure(graph, reads), lambda: weight_uses(graph, op_rules)
+        )
         kept = of_whole_state(graph.decisions, credited(graph))
         return dataclasses.replace(graph, rule=bound, decisions=kept)
     return _with_rule(with_facts(_with_exits(graph, reads, bypasses)))

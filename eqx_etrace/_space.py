@@ -1,53 +1,17 @@
 """The hidden state and the weights as vectors, as a `GlobalRule` works with them."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from ._locality import flow
-from ._rules import GlobalRule, Sizes
+from ._rules import GlobalRule, Sizes, Space
 
 
 if TYPE_CHECKING:
     from ._graph import ETraceGraph
-
-
-@dataclasses.dataclass(frozen=True)
-class Space:
-    """Leaves in one real vector, a complex one as its real, then its imaginary part."""
-
-    specs: tuple[jax.ShapeDtypeStruct, ...]
-    dtype: Any
-
-    @property
-    def size(self) -> int:
-        return sum(map(_numbers, self.specs))
-
-    def pack(self, leaves: Sequence[Any]) -> Any:
-        parts = []
-        for leaf in leaves:
-            pair = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
-            parts += [part.ravel().astype(self.dtype) for part in pair]
-        return jnp.concatenate(parts)
-
-    def unpack(self, vector: Any) -> list[Any]:
-        found, start = [], 0
-        for spec in self.specs:
-            part = vector[start : start + _numbers(spec)]
-            start += _numbers(spec)
-            if jnp.issubdtype(spec.dtype, jnp.complexfloating):
-                part = jax.lax.complex(*jnp.split(part, 2))
-            found.append(part.reshape(spec.shape).astype(spec.dtype))
-        return found
-
-
-def _numbers(spec: Any) -> int:
-    size = math.prod(spec.shape)
-    return 2 * size if jnp.issubdtype(spec.dtype, jnp.complexfloating) else size
 
 
 @dataclasses.dataclass(frozen=True)

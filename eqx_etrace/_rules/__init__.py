@@ -13,6 +13,7 @@ from ._global import (
     Structure as Structure,
 )
 from ._kappa import Kappa as Kappa
+from ._kfrtrl import KFRTRL as KFRTRL, Factors as Factors
 from ._named import (
     OSTL as OSTL,
     OSTTP as OSTTP,
@@ -28,5 +29,11 @@ from ._rtrl import RTRL as RTRL
 from ._skrtrl import SKRTRL as SKRTRL, Sketch as Sketch
 from ._snap import SnAp as SnAp
 from ._uoro import UORO as UORO, RankOne as RankOne
+from ._uses import (
+    Space as Space,
+    UseJacobian as UseJacobian,
+    Uses as Uses,
+    WeightUse as WeightUse,
+)
 from ._weights import Weights as Weights
 from ._window import GroupWindow as GroupWindow, Window as Window

@@ -1,7 +1,8 @@
 """The interface of global rules: the whole hidden state as one vector."""
 
+import functools as ft
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._custom_types import Scope
+from ._uses import UseJacobian, Uses, WeightUse
 
 
 class Sizes(NamedTuple):
@@ -51,15 +53,21 @@ class Dynamics:
         states: Shaped[Array, " states"],
         weights: Shaped[Array, " weights"],
         transposed: bool,
+        by_use: Callable[[Sequence[WeightUse], Sequence[int]], UseJacobian],
     ):
         self.sizes = Sizes(states.size, weights.size, states.dtype)
-        self._at = states, weights
-        _, pull = jax.vjp(step, *self._at)
-        self._pull = pull
-        if transposed:
-            self._push = _transposed(pull, states, weights)
-        else:
-            self._push = jax.linearize(step, *self._at)[1]
+        self._step, self._at, self._transposed = step, (states, weights), transposed
+        self._by_use = by_use
+
+    @ft.cached_property
+    def _pull(self) -> Any:
+        return jax.vjp(self._step, *self._at)[1]
+
+    @ft.cached_property
+    def _push(self) -> Any:
+        if self._transposed:
+            return _transposed(self._pull, *self._at)
+        return jax.linearize(self._step, *self._at)[1]
 
     def jvp(
         self,
@@ -76,6 +84,11 @@ class Dynamics:
         """The derivative of `states . new state` by the old state and by the weights,
         the latter with the old state held fixed."""
         return self._pull(states)
+
+    def by_use(self, uses: Sequence[WeightUse], weights: Sequence[int]) -> UseJacobian:
+        """The derivatives by the old state, by these weights, and by the drives of
+        these uses, in the order of the first use of each."""
+        return self._by_use(uses, weights)
 
 
 def _transposed(pull: Callable[..., Any], states: Any, weights: Any) -> Any:
@@ -109,10 +122,12 @@ class GlobalRule(eqx.Module):
     windowed: ClassVar[bool] = False
     filters: ClassVar[bool] = False
 
-    def bound(self, structure: Callable[[], Structure]) -> "GlobalRule":
-        """The rule for the step whose structure this gives; itself, if that is enough.
-        The compiler calls it once."""
-        del structure
+    def bound(
+        self, structure: Callable[[], Structure], uses: Callable[[], Uses]
+    ) -> "GlobalRule":
+        """The rule for the step whose structure, or uses of weights, these give;
+        itself, if that is enough. The compiler calls it once."""
+        del structure, uses
         return self
 
     @abstractmethod

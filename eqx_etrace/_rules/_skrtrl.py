@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Shaped
 
 from ._global import Dynamics, GlobalRule, Sizes, Structure
 from ._snap import Plan, integers, make_plan
+from ._uses import Uses
 
 
 class Sketch(NamedTuple):
@@ -72,8 +73,11 @@ class SKRTRL(GlobalRule):
                 f"rank: got {self.rank!r}, expected an integer of at least 0. Try 8."
             )
 
-    def bound(self, structure: Callable[[], Structure]) -> "SKRTRL":
+    def bound(
+        self, structure: Callable[[], Structure], uses: Callable[[], Uses]
+    ) -> "SKRTRL":
         """With the pattern that the step has."""
+        del uses
         found = structure()
         within = found.transition.multiply(found.units)
         plan = make_plan(found._replace(transition=within), 1)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Shaped
 
 from ._drtrl import DRTRL
 from ._global import Dynamics, GlobalRule, Sizes, Structure
+from ._uses import Uses
 
 
 def SnAp(order: int) -> "DRTRL | SparseRTRL":  # noqa: N802
@@ -105,8 +106,11 @@ class SparseRTRL(GlobalRule):
     order: int = eqx.field(static=True)
     plan: Plan | None = None
 
-    def bound(self, structure: Callable[[], Structure]) -> "SparseRTRL":
+    def bound(
+        self, structure: Callable[[], Structure], uses: Callable[[], Uses]
+    ) -> "SparseRTRL":
         """With the pattern that the step has."""
+        del uses
         return SparseRTRL(self.order, make_plan(structure(), self.order))
 
     @property
