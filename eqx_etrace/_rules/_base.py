@@ -76,6 +76,47 @@ class LocalRule(eqx.Module):
     The step calls `init` once, `update` once per step and sample, and `gradient` once
     per gradient with all samples of a batch. `scope` says how much of a recurrent
     product the transition keeps: nothing (`"local"`) or what stays within a unit.
+
+    For a rule of your own these three methods are enough: windows, batches, drivers,
+    learning signals and the report work with it. A trace is any pytree of arrays.
+
+    !!! example
+
+        A trace that leaks, as that of RFLO does:
+
+        ```python
+        class Leaky(eqx_etrace.LocalRule):
+            decay: float = eqx.field(static=True, default=0.9)
+            scope: str = eqx.field(static=True, default="local")
+
+            def init(self, relation):
+                zeros = (jnp.zeros(relation.trace_shape, d) for d in relation.trace_dtypes)
+                return tuple(zeros)
+
+            def update(self, relation, trace, jacobian):
+                new = []
+                for slot, old in zip(relation.slots, trace):
+                    direct = jacobian.direct[slot]  # dh'/dy, shaped like y
+                    if direct is None:
+                        new.append(self.decay * old)
+                    else:
+                        now = relation.op.influence(direct, jacobian.operands)
+                        new.append(self.decay * old + now)
+                return tuple(new)
+
+            def gradient(self, relation, trace, signal):
+                heard = [
+                    (relation.map.spread(signal[slot]), entry)
+                    for slot, entry in zip(relation.slots, trace)
+                    if signal[slot] is not None
+                ]
+                vectors, traces = zip(*heard)
+                return relation.op.contract(vectors, traces)
+
+        graph = eqx_etrace.compile(net, state, x, rule=Leaky())
+        fun = jax.jit(eqx_etrace.value_and_grad(graph, loss_fn))
+        losses, grads, *_ = fun(params, state, None, xs, targets)
+        ```
     """
 
     scope: eqx.AbstractVar[Scope]
