@@ -42,7 +42,8 @@ class HodgkinHuxley(AbstractNeuron):
     and $\frac{dx}{dt} = \alpha_x (1 - x) - \beta_x x$ for the gates m, h and n. A step
     is a `jax.lax.scan` over `substeps` steps of exponential Euler, in each of which
     every equation is integrated exactly with the other variables held at its start.
-    There is no reset. A spike is the step in which the membrane comes above `threshold`.
+    There is no reset. A spike is the step in which the membrane rises above
+    `threshold`.
 
     `eqx_etrace.compile` unrolls loops of up to `max_unroll` substeps, a few tenths of a
     second each.

@@ -32,7 +32,7 @@ def check_count(name: str, got: Any, least: int = 1) -> None:
 def check_positive(name: str, got: Any) -> None:
     if not np.isfinite(got) or got <= 0:
         raise ValueError(
-            f"{name}: got {got!r}, expected a number above 0. Times are in ms."
+            f"{name}: got {got}, expected a number above 0. Times are in ms."
         )
 
 
