@@ -102,7 +102,7 @@ def _connect(connection, x, state, taps):
         return y, nn.DelayState(taps.new(0, history[:-1]))
     if isinstance(connection, nn.Sparse):
         # Each entry is a product of its own: one of a unit with itself is not cut.
-        own = connection.indices == np.arange(len(connection.indices))[:, None]
+        own = np.asarray(connection.indices) == np.arange(x.size)[:, None]
         seen = x[connection.indices]
         seen = jnp.where(own, seen, taps.recur(seen))
         return jnp.sum(connection.weight * seen, axis=1) + connection.bias, ()
@@ -169,13 +169,22 @@ _MV: dict[str, Any] = {"spike": nn.superspike(0.05)}
 _SPREAD = {"v": 12.0}
 
 CASES: dict[str, Case] = {
-    "IF": Case(
-        _layer(nn.IF(UNITS, spike=WIDE, trainable="capacitance"), None, nn.Delta(3)),
+    "IF, sparse": Case(
+        _layer(
+            nn.IF(UNITS, spike=WIDE, trainable="capacitance"),
+            nn.Sparse(UNITS, UNITS, 2, key=KEY),
+            nn.Delta(UNITS),
+        ),
         ((0,),),
         1,
     ),
-    "LIF, whole reset": Case(
-        _layer(nn.LIF(UNITS, **_LIF, reset="value", detach_reset=False)), ((0,),), 1
+    "LIF, whole reset, Dale": Case(
+        _layer(
+            nn.LIF(UNITS, **_LIF, reset="value", detach_reset=False),
+            nn.Dale(UNITS, UNITS, excitatory=2, key=KEY),
+        ),
+        ((0,),),
+        1,
     ),
     "LIF, threshold": Case(
         _layer(nn.LIF(UNITS, **_LIF, trainable=("threshold", "v_reset"))),
@@ -246,7 +255,7 @@ CASES: dict[str, Case] = {
         _layer(
             nn.COBA(
                 nn.LIF(UNITS, **_LIF),
-                e_exc=9.0,
+                e_exc=5.0,
                 e_inh=-1.0,
                 trainable=("tau_exc", "tau_inh", "e_inh"),
             ),
@@ -257,14 +266,6 @@ CASES: dict[str, Case] = {
         scale=5.0,
         spread={"g_exc": 0.1, "g_inh": 0.1},
         w_in=lambda key: nn.ExcInh(IN, UNITS, excitatory=1, key=key),
-    ),
-    "sparse": Case(
-        _layer(nn.LIF(UNITS, **_LIF), nn.Sparse(UNITS, UNITS, 2, key=KEY)), ((0,),), 1
-    ),
-    "Dale": Case(
-        _layer(nn.LIF(UNITS, **_LIF), nn.Dale(UNITS, UNITS, excitatory=2, key=KEY)),
-        ((0,),),
-        1,
     ),
     "delay": Case(
         _layer(nn.LIF(UNITS, **_LIF), Chain(nn.Delay(UNITS, [0, 2, 1]), _dense())),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oracles import quick_jit
 
 from eqx_etrace import nn
 
@@ -61,7 +62,8 @@ def test_everything_trains_when_asked(neuron):
             start += sum(jnp.sum(leaf) for leaf in jax.tree.leaves((out, inexact)))
         return start
 
-    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(total)(found)):
+    grads = quick_jit(jax.grad(total))(found)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.all(np.isfinite(grad)), jax.tree_util.keystr(path)
 
 
@@ -193,9 +195,10 @@ def test_ensembles_and_batches():
 def test_bptt_trains_a_layer():
     """Backpropagation through time and optax, as for any Equinox module: the number of
     spikes in 40 ms comes to be what it should."""
-    layer, target = _layer(KEY), jnp.array([4.0, 8.0, 12.0])
-    optimiser = optax.sgd(1e-2)
-    params, static = eqx.partition((layer, jnp.ones(3)), eqx.is_inexact_array)
+    lif = nn.LIF(3, tau=10.0, spike=nn.superspike(2.0), trainable="tau")
+    layer, target = nn.Recurrent(lif, key=KEY), jnp.array([4.0, 8.0, 12.0])
+    optimiser = optax.sgd(1e-3)
+    params, static = eqx.partition((layer, jnp.full(3, 2.0)), eqx.is_inexact_array)
 
     def loss(params):
         layer, current = eqx.combine(params, static)
@@ -214,10 +217,10 @@ def test_bptt_trains_a_layer():
         return optax.apply_updates(params, updates), opt_state, value
 
     opt_state, values = optimiser.init(params), []
-    for _ in range(60):
+    for _ in range(12):
         params, opt_state, value = update(params, opt_state)
         values.append(float(value))
-    assert min(values) < 0.1 * values[0]
+    assert values[-1] < 0.1 * values[0]
 
 
 def test_nothing_here_imports_the_library_and_it_nothing_from_here():
