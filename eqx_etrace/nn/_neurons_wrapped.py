@@ -121,7 +121,8 @@ class Recurrent(eqx.Module):
     **Returns:** (when called with an input of the shape of the units and a state) the
     output of the neurons and a `RecurrentState`.
 
-    **Raises:** `ValueError` for wrong sizes, or where the key is missing.
+    **Raises:** `ValueError` for wrong sizes, where the key is missing, or where neuron
+    and synapse differ in their time step.
 
     !!! example
 
@@ -152,6 +153,7 @@ class Recurrent(eqx.Module):
                 )
             (units,) = neuron.shape
             connection = Dense(units, units, use_bias=False, key=key)
+        _check_steps(neuron, connection, synapse)
         self.neuron, self.connection, self.synapse = neuron, connection, synapse
 
     @property
@@ -177,6 +179,17 @@ class Recurrent(eqx.Module):
             x, synapse = self.synapse(x, synapse)
         out, neuron = self.neuron(x, state.neuron)
         return out, RecurrentState(neuron, synapse, connection)
+
+
+def _check_steps(neuron: Any, *others: Any) -> None:
+    for other in others:
+        dt = getattr(other, "dt", neuron.dt)
+        if dt != neuron.dt:
+            raise ValueError(
+                f"Recurrent: got a time step of {dt} ms in {type(other).__name__}, "
+                f"expected {neuron.dt} ms, that of {type(neuron).__name__}. Give both "
+                "the same `dt`."
+            )
 
 
 def _add(x: Any, feedback: Any) -> Any:

@@ -90,22 +90,23 @@ def _integrate(neuron, drive, state, taps):
     return _tapped(neuron.advance(state, drive), taps)
 
 
-def _connect(connection, x, state, taps):
+def _connect(connection: Any, x, state, taps):
     if isinstance(connection, Chain):
         y, first = _piece(connection.first, x, state[0], taps)
         return connection.dense(taps.recur(y), ())[0], (first, ())
+    bias: Any = getattr(connection, "bias", None)
     if isinstance(connection, nn.DelayedDense):
         history = jnp.concatenate([x[None], state.buffer])
         seen = history[connection.delays, np.arange(x.size)[None]]
         seen = jnp.where(np.eye(x.size, dtype=bool), seen, taps.recur(seen))
-        y = jnp.sum(connection.weight * seen, axis=1) + connection.bias
+        y = jnp.sum(connection.weight * seen, axis=1) + bias
         return y, nn.DelayState(taps.new(0, history[:-1]))
     if isinstance(connection, nn.Sparse):
         # Each entry is a product of its own: one of a unit with itself is not cut.
         own = np.asarray(connection.indices) == np.arange(x.size)[:, None]
         seen = x[connection.indices]
         seen = jnp.where(own, seen, taps.recur(seen))
-        return jnp.sum(connection.weight * seen, axis=1) + connection.bias, ()
+        return jnp.sum(connection.weight * seen, axis=1) + bias, ()
     return connection(taps.recur(x), ())[0], ()
 
 

@@ -438,6 +438,12 @@ def test_no_refractory_period_is_the_plain_neuron():
             r"Recurrent: got an input of shape \(3,\), expected \(4,\)",
         ),
         (
+            lambda: nn.Recurrent(
+                nn.LIF(3, dt=0.5), nn.Delta(3), synapse=nn.Exponential(3)
+            ),
+            "Recurrent: got a time step of 1.0 ms in Exponential, expected 0.5 ms",
+        ),
+        (
             lambda: nn.HodgkinHuxley(3, substeps=0),
             "substeps: got 0, expected an integer of at least 1",
         ),

@@ -3,6 +3,7 @@
 import io
 import pathlib
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -132,7 +133,7 @@ def test_starts_that_are_not_positive():
 # Plain pytrees.
 
 
-def _layer(key, tau=20.0):
+def _layer(key, tau: Any = 20.0):
     lif = nn.LIF(3, tau=tau, trainable="tau")
     return nn.Recurrent(lif, nn.Sparse(3, 3, 2, key=key), synapse=nn.Alpha(3))
 

@@ -120,7 +120,7 @@ def test_derivative_of_the_reset(name, reset, detach):
 @pytest.mark.parametrize("detach", [False, True])
 def test_gif_jumps_carry_gradient_and_its_threshold_is_a_reset(detach):
     spike = nn.superspike(0.1)
-    options = {"r_1": 0.5, "jump_1": 0.3, "jump_2": -0.1, "threshold_reset": -40.0}
+    options: Any = {"r_1": 0.5, "jump_1": 0.3, "jump_2": -0.1, "threshold_reset": -40.0}
     neuron = nn.GIF(UNITS, detach_reset=detach, spike=spike, **options)
     state, offset = _near_threshold(neuron, lambda s: s.threshold, 10.0)
     state = state._replace(i1=jnp.array([0.1, 0.2, 0.3]))

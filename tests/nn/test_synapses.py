@@ -78,7 +78,7 @@ def test_conductances():
     exc, inh = 0.6 * SPIKES, 0.2 * SPIKES[::-1]
     lif = nn.LIF(UNITS, tau=TAU + 5, v_rest=-65.0, threshold=-50.0, v_reset=-65.0)
     neuron = nn.COBA(lif, e_exc=0.0, e_inh=-80.0, tau_exc=4.0, tau_inh=[5.0, 8.0, 12.0])
-    outs, states = _run(neuron, nn.Drive(exc=exc, inh=inh))
+    outs, states = _run(neuron, nn.Drive(jnp.asarray(exc), jnp.asarray(inh)))
     v, g_e, g_i = np.full(UNITS, -65.0), np.zeros(UNITS), np.zeros(UNITS)
     for t in range(STEPS):
         v = v - (v > -50) * (-50 + 65)
@@ -151,7 +151,7 @@ def test_dense():
 
 
 def test_sparse_is_a_dense_matrix_with_zeros():
-    sparse = nn.Sparse(7, 5, 3, key=KEY)
+    sparse: Any = nn.Sparse(7, 5, 3, key=KEY)
     matrix, indices = np.zeros((5, 7)), np.asarray(sparse.indices)
     for row, sources, weights in zip(
         matrix, indices, np.asarray(sparse.weight), strict=True
