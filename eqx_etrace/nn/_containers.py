@@ -60,7 +60,7 @@ def _refuse(where: str, layer: Any, remedy: str) -> None:
     )
 
 
-def _checked(where: str, layer: Any) -> Callable[..., Any]:
+def _checked(where: str, layer: Any) -> Any:
     if isinstance(layer, eqx.nn.GRUCell | eqx.nn.LSTMCell):
         kind = "GRU" if isinstance(layer, eqx.nn.GRUCell) else "LSTM"
         _refuse(where, layer, f"Wrap it: `nn.{kind}(cell)`.")
@@ -83,7 +83,7 @@ def _checked(where: str, layer: Any) -> Callable[..., Any]:
     return layer if isinstance(layer, eqx.Module) else _Function(layer)
 
 
-def _all_checked(where: str, layers: Sequence[Any]) -> tuple[Callable[..., Any], ...]:
+def _all_checked(where: str, layers: Sequence[Any]) -> tuple[Any, ...]:
     if not isinstance(layers, list | tuple) or not layers:
         raise TypeError(
             f"{where}: got {layers!r}, expected a list or tuple of at least one layer. "

@@ -110,6 +110,11 @@ def poisson_encode(
     return _bernoulli(key, -jnp.expm1(-dt * jnp.maximum(rate, 0)), steps)
 
 
+def _widened(x: Array) -> Array:
+    """Step numbers need more digits than half precision has."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
 def _one_spike(step: Array, steps: int, dtype: Any) -> Array:
     """A spike in the step of that number, if there is one."""
     times = jnp.arange(steps, dtype=step.dtype).reshape(steps, *(1,) * step.ndim)
@@ -151,8 +156,7 @@ def latency_encode(
     _check_floating("nn.latency_encode", x)
     check_size("nn.latency_encode", steps=steps)
     _check_positive("nn.latency_encode", tau=tau, threshold=threshold)
-    # Step numbers need more digits than half precision has.
-    current = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    current = _widened(x)
     reached = current > threshold
     above = jnp.where(reached, current - threshold, 1)
     time = tau * jnp.log1p(threshold / above)
@@ -185,10 +189,8 @@ def linear_latency_encode(x: Float[Array, "..."], steps: int) -> Float[Array, ".
     """
     _check_floating("nn.linear_latency_encode", x)
     check_size("nn.linear_latency_encode", steps=steps)
-    value = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _one_spike(
-        jnp.round((steps - 1) * (1 - jnp.clip(value, 0, 1))), steps, x.dtype
-    )
+    step = jnp.round((steps - 1) * (1 - jnp.clip(_widened(x), 0, 1)))
+    return _one_spike(step, steps, x.dtype)
 
 
 def population_encode(
