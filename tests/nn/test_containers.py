@@ -200,7 +200,7 @@ REFUSED = {
         NoState(),
         r"`NoState`.* It takes x, state. Give it .*`init_state\(\)",
     ),
-    "two arguments": (jnp.matmul, "got `matmul`"),
+    "two arguments": (jnp.matmul, "It takes a, b"),
     "batch norm": (
         eqx.nn.BatchNorm(IN, axis_name="batch", mode="ema"),
         "equinox.nn.State",
