@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +61,11 @@ SEEDS = jnp.array([0, *range(BATCH - 1)])
 
 
 @functools.cache
-def _batch(name):
+def _batch(name) -> Any:
     """Samples in front, from the small arguments."""
     make = functools.partial(getattr(tasks, name), **TASKS[name][0])
     run = quick_jit(jax.vmap(lambda seed: make(jax.random.key(seed))))
-    return tasks.Sample(*map(np.asarray, run(SEEDS)))
+    return jax.tree.map(np.asarray, run(SEEDS))
 
 
 @EVERY
@@ -348,7 +349,7 @@ def test_a_batch_with_time_in_front_trains_a_batched_graph():
 def _sklearn():
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     return data.images / 16, data.target
 
 

@@ -83,12 +83,12 @@ def test_residual_without_a_state():
 # Through the compiler.
 
 
-def _gradients(net, vjp="auto"):
+def _gradients(net):
     """(ours, of plain autodiff)."""
     state = net.init_state()
     size = eqx.filter_eval_shape(net, XS[0], state)[0].size
     targets = jnp.resize(TS, (STEPS, size))
-    graph = etrace.compile(net, state, XS[0], vjp=vjp)
+    graph = etrace.compile(net, state, XS[0])
     run = quick_jit(functools.partial(online, graph))
     return run(graph.params(net), state, XS, targets), bptt(net, state, XS, targets)
 

@@ -1,6 +1,7 @@
 """Readouts: their values over time, and their gradients."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -32,7 +33,7 @@ def _leaky(**options):
 
 
 def test_linear():
-    readout = nn.LinearReadout(IN, OUT, key=KEY)
+    readout: Any = nn.LinearReadout(IN, OUT, key=KEY)
     out, state = readout(XS[0], readout.init_state())
     np.testing.assert_allclose(out, readout.weight @ XS[0] + readout.bias)
     assert state == ()
