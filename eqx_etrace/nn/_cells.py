@@ -71,9 +71,7 @@ class RNN(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.weight_ih.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """**Arguments:** the input (input_size,) and the state.
 
         **Returns:** the output and the new state.
@@ -138,9 +136,7 @@ class MGU(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.forget.weight_ih.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.MGU", "an input", x, (self.input_size,))
         check_shape("nn.MGU", "a state", state, (self.hidden_size,))
@@ -200,9 +196,7 @@ class MinimalRNN(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.update.weight_hh.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.MinimalRNN", "an input", x, (self.input_size,))
         check_shape("nn.MinimalRNN", "a state", state, (self.hidden_size,))
@@ -266,9 +260,7 @@ class CFN(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.forget.weight_ih.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.CFN", "an input", x, (self.input_size,))
         check_shape("nn.CFN", "a state", state, (self.hidden_size,))
@@ -345,9 +337,7 @@ class URLSTM(eqx.Module):
         return zeros, zeros
 
     def __call__(
-        self,
-        x: Float[Array, " inputs"],
-        state: tuple[Float[Array, " units"], Float[Array, " units"]],
+        self, x: Array, state: tuple[Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         """As `eqx_etrace.nn.RNN`."""
         h, c = state

@@ -19,7 +19,11 @@ def check_size(where: str, **sizes: Any) -> None:
 
 
 def check_shape(where: str, what: str, value: Any, shape: tuple[int, ...]) -> None:
-    """A wrong size may broadcast, and a wrong number come out."""
+    """A wrong size may broadcast, and a wrong number come out.
+
+    The arguments of a step are annotated as arrays of any shape, so that this message
+    is the one that is seen where annotations are checked too.
+    """
     if jnp.shape(value) != shape:
         raise ValueError(
             f"{where}: got {what} of shape {jnp.shape(value)}, expected {shape}. "

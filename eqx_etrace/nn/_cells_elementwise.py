@@ -67,9 +67,7 @@ class IndRNN(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.weight_ih.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.IndRNN", "an input", x, (self.input_size,))
         check_shape("nn.IndRNN", "a state", state, (self.hidden_size,))
@@ -127,9 +125,7 @@ class MinGRU(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.update.weight.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.MinGRU", "an input", x, (self.input_size,))
         check_shape("nn.MinGRU", "a state", state, (self.hidden_size,))
@@ -188,9 +184,7 @@ class MinLSTM(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.forget.weight.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.MinLSTM", "an input", x, (self.input_size,))
         check_shape("nn.MinLSTM", "a state", state, (self.hidden_size,))
@@ -255,9 +249,7 @@ class QuasiLSTM(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.hidden_size, self.forget.weight_ih.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.QuasiLSTM", "an input", x, (self.input_size,))
         check_shape("nn.QuasiLSTM", "a state", state, (self.hidden_size,))

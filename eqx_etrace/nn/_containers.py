@@ -22,7 +22,7 @@ _POSITIONAL = (
 
 
 class _Function(eqx.Module):
-    """A plain function, no leaf, so that `jax.tree.map` sees arrays alone."""
+    """A plain function as no leaf, so that `jax.tree.map` sees arrays alone."""
 
     fun: Callable[..., Any] = eqx.field(static=True)
 
@@ -80,7 +80,7 @@ def _checked(where: str, layer: Any) -> Any:
     if len(needed) > 1:
         remedy = f"It takes {', '.join(needed)}. Give it a method `init_state()`."
         _refuse(where, layer, remedy)
-    return layer if isinstance(layer, eqx.Module) else _Function(layer)
+    return _Function(layer) if jax.tree_util.all_leaves([layer]) else layer
 
 
 def _all_checked(where: str, layers: Sequence[Any]) -> tuple[Any, ...]:
@@ -132,7 +132,7 @@ class Sequential(eqx.Module):
     A layer with a method `init_state()` is called as `(x, state) -> (out, state)`, any
     other as `layer(x)`: layers of `equinox.nn`, functions. The state is a tuple with an
     entry for each layer, None for those without a state. The params of a layer are
-    found under `layers[i]`.
+    found under `layers[i]`; weights in the closure of a function are no params.
 
     !!! example
 
@@ -150,7 +150,7 @@ class Sequential(eqx.Module):
 
     layers: tuple[Callable[..., Any], ...]
 
-    def __init__(self, layers: Sequence[Callable[..., Any]]):
+    def __init__(self, layers: Sequence[Any]):
         """**Arguments:** `layers`, a list or tuple.
 
         **Raises:** `TypeError` for a layer that is neither stateful nor stateless, such
@@ -206,7 +206,7 @@ class Residual(eqx.Module):
 
     layer: Callable[..., Any]
 
-    def __init__(self, layer: Callable[..., Any]):
+    def __init__(self, layer: Any):
         """**Arguments:** `layer`, whose output has the shape of its input."""
         self.layer = _checked("nn.Residual", layer)
 
@@ -255,7 +255,7 @@ class Stack(eqx.Module):
 
     layers: tuple[Callable[..., Any], ...]
 
-    def __init__(self, layers: Sequence[Callable[..., Any]]):
+    def __init__(self, layers: Sequence[Any]):
         """**Arguments:** `layers`, as for `eqx_etrace.nn.Sequential`."""
         self.layers = _all_checked("nn.Stack", layers)
 

@@ -7,18 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from ._cells_common import check_size
 
 
-def _check_floating(where: str, x: Any) -> None:
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating):
+def _floating(where: str, x: Any) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"{where}: got an array of dtype {dtype}, expected a floating-point one. "
+            f"{where}: got an array of dtype {x.dtype}, expected a floating-point one. "
             "The spikes have its dtype; scale it first, for example `x / 255`."
         )
+    return x
 
 
 def _check_positive(where: str, **numbers: Any) -> None:
@@ -37,7 +38,7 @@ def _bernoulli(key: PRNGKeyArray, probability: Array, steps: int) -> Array:
 
 
 def rate_encode(
-    x: Float[Array, "..."],
+    x: ArrayLike,
     steps: int,
     *,
     key: PRNGKeyArray,
@@ -69,13 +70,13 @@ def rate_encode(
         assert spikes.shape == (20, 2)
         ```
     """
-    _check_floating("nn.rate_encode", x)
+    x = _floating("nn.rate_encode", x)
     check_size("nn.rate_encode", steps=steps)
     return _bernoulli(key, jnp.clip(gain * x + offset, 0, 1), steps)
 
 
 def poisson_encode(
-    rate: Float[Array, "..."], steps: int, *, key: PRNGKeyArray, dt: float
+    rate: ArrayLike, steps: int, *, key: PRNGKeyArray, dt: float
 ) -> Float[Array, "..."]:
     r"""Poisson processes in steps of `dt`: a spike where at least one event falls.
 
@@ -104,7 +105,7 @@ def poisson_encode(
         spikes = nn.poisson_encode(hertz, 50, key=jax.random.key(0), dt=0.001)
         ```
     """
-    _check_floating("nn.poisson_encode", rate)
+    rate = _floating("nn.poisson_encode", rate)
     check_size("nn.poisson_encode", steps=steps)
     _check_positive("nn.poisson_encode", dt=dt)
     return _bernoulli(key, -jnp.expm1(-dt * jnp.maximum(rate, 0)), steps)
@@ -122,7 +123,7 @@ def _one_spike(step: Array, steps: int, dtype: Any) -> Array:
 
 
 def latency_encode(
-    x: Float[Array, "..."], steps: int, *, tau: float, threshold: float = 0.01
+    x: ArrayLike, steps: int, *, tau: float, threshold: float = 0.01
 ) -> Float[Array, "..."]:
     r"""One spike each, early for a large input: the time a membrane takes to charge.
 
@@ -153,7 +154,7 @@ def latency_encode(
         spikes = nn.latency_encode(jnp.array([0.02, 0.5, 1.0]), 20, tau=10.0)
         ```
     """
-    _check_floating("nn.latency_encode", x)
+    x = _floating("nn.latency_encode", x)
     check_size("nn.latency_encode", steps=steps)
     _check_positive("nn.latency_encode", tau=tau, threshold=threshold)
     current = _widened(x)
@@ -163,7 +164,7 @@ def latency_encode(
     return _one_spike(jnp.where(reached, jnp.floor(time), -1), steps, x.dtype)
 
 
-def linear_latency_encode(x: Float[Array, "..."], steps: int) -> Float[Array, "..."]:
+def linear_latency_encode(x: ArrayLike, steps: int) -> Float[Array, "..."]:
     """Exactly one spike each: 1 in the first step, 0 in the last, linear in between.
 
     **Arguments:**
@@ -187,14 +188,14 @@ def linear_latency_encode(x: Float[Array, "..."], steps: int) -> Float[Array, ".
         spikes = nn.linear_latency_encode(jnp.array([0.0, 0.5, 1.0]), 11)
         ```
     """
-    _check_floating("nn.linear_latency_encode", x)
+    x = _floating("nn.linear_latency_encode", x)
     check_size("nn.linear_latency_encode", steps=steps)
     step = jnp.round((steps - 1) * (1 - jnp.clip(_widened(x), 0, 1)))
     return _one_spike(step, steps, x.dtype)
 
 
 def population_encode(
-    x: Float[Array, "..."],
+    x: ArrayLike,
     size: int,
     *,
     low: float = 0.0,
@@ -235,7 +236,7 @@ def population_encode(
         assert spikes.shape == (20, 2, 6)
         ```
     """
-    _check_floating("nn.population_encode", x)
+    x = _floating("nn.population_encode", x)
     check_size("nn.population_encode", size=size)
     if size < 2 or not high > low:
         raise ValueError(
@@ -249,7 +250,7 @@ def population_encode(
     return jnp.exp(-((distance / width) ** 2) / 2)
 
 
-def _before(where: str, xs: Array, initial: Array | None) -> Array:
+def _before(where: str, xs: Array, initial: ArrayLike | None) -> Array:
     if xs.ndim == 0:
         raise ValueError(
             f"{where}: got a single number, expected a sequence with time in front. "
@@ -262,11 +263,11 @@ def _before(where: str, xs: Array, initial: Array | None) -> Array:
             f"{where}: got initial of shape {jnp.shape(initial)}, expected "
             f"{xs.shape[1:]}, that of one step. It is the value before the first step."
         )
-    return initial.astype(xs.dtype)
+    return jnp.asarray(initial, xs.dtype)
 
 
 def delta_encode(
-    xs: Float[Array, "..."], *, threshold: float, initial: Array | None = None
+    xs: ArrayLike, *, threshold: float, initial: ArrayLike | None = None
 ) -> Float[Array, "..."]:
     r"""1 where the input has risen by the threshold since the step before, -1 where it
     has fallen by it, 0 elsewhere.
@@ -295,7 +296,7 @@ def delta_encode(
         spikes = nn.delta_encode(xs, threshold=0.1)
         ```
     """
-    _check_floating("nn.delta_encode", xs)
+    xs = _floating("nn.delta_encode", xs)
     _check_positive("nn.delta_encode", threshold=threshold)
     first = _before("nn.delta_encode", xs, initial)
     change = jnp.diff(jnp.concatenate([first[None], xs]), axis=0)
@@ -308,7 +309,7 @@ def _sign(change: Array, threshold: float) -> Array:
 
 
 def step_forward_encode(
-    xs: Float[Array, "..."], *, threshold: float, initial: Array | None = None
+    xs: ArrayLike, *, threshold: float, initial: ArrayLike | None = None
 ) -> Float[Array, "..."]:
     r"""Delta modulation: spikes from which the input can be built up again.
 
@@ -343,7 +344,7 @@ def step_forward_encode(
         rebuilt = xs[0] + 0.1 * jnp.cumsum(spikes, 0)
         ```
     """
-    _check_floating("nn.step_forward_encode", xs)
+    xs = _floating("nn.step_forward_encode", xs)
     _check_positive("nn.step_forward_encode", threshold=threshold)
 
     def body(baseline: Array, x: Array) -> tuple[Array, Array]:

@@ -117,6 +117,11 @@ class LRU(eqx.Module):
         check_size("nn.LRU", **sizes, output_size=output_size)
         _check_ring("nn.LRU", r_min, r_max, max_phase)
         dtype = default_dtype(dtype)
+        if dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"nn.LRU: got dtype {dtype}, expected float32 or float64. The state is "
+                "complex, and JAX has complex numbers of these two alone."
+            )
         ring, *keys = jax.random.split(key, 6)
         nu_log, theta_log = _ring(ring, hidden_size, dtype, r_min, r_max, max_phase)
         self.nu_log, self.theta_log = nu_log, theta_log
@@ -137,9 +142,7 @@ class LRU(eqx.Module):
         zeros = jnp.zeros(self.hidden_size, self.nu_log.dtype)
         return jax.lax.complex(zeros, zeros)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Complex[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`; the output has the shape (output_size,)."""
         check_shape("nn.LRU", "an input", x, (self.input_size,))
         check_shape("nn.LRU", "a state", state, (self.hidden_size,))
@@ -239,9 +242,7 @@ class RTU(eqx.Module):
         return zeros, zeros
 
     def __call__(
-        self,
-        x: Float[Array, " inputs"],
-        state: tuple[Float[Array, " units"], Float[Array, " units"]],
+        self, x: Array, state: tuple[Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         """As `eqx_etrace.nn.RNN`; the output has the shape (2 * hidden_size,)."""
         check_shape("nn.RTU", "an input", x, (self.input_size,))
@@ -312,9 +313,7 @@ class NonlinearRTU(eqx.Module):
         return zeros, zeros
 
     def __call__(
-        self,
-        x: Float[Array, " inputs"],
-        state: tuple[Float[Array, " units"], Float[Array, " units"]],
+        self, x: Array, state: tuple[Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         """As `eqx_etrace.nn.RTU`."""
         check_shape("nn.NonlinearRTU", "an input", x, (self.input_size,))

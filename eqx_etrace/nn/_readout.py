@@ -60,9 +60,7 @@ class LinearReadout(eqx.Module):
         """The empty tuple."""
         return ()
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: tuple[()]
-    ) -> tuple[Array, tuple[()]]:
+    def __call__(self, x: Array, state: tuple[()]) -> tuple[Array, tuple[()]]:
         """**Arguments:** the input (input_size,) and the empty state.
 
         **Returns:** the output (output_size,) and the empty state.
@@ -165,9 +163,7 @@ class LeakyReadout(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.output_size, self.weight.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " outputs"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.LinearReadout`; output and new state are the same."""
         check_shape("nn.LeakyReadout", "an input", x, (self.input_size,))
         check_shape("nn.LeakyReadout", "a state", state, (self.output_size,))
@@ -214,9 +210,7 @@ class MaxOverTime(eqx.Module):
         """Minus infinity: the first step is its own maximum."""
         return jnp.full(self.size, -jnp.inf, self.dtype)
 
-    def __call__(
-        self, x: Float[Array, " features"], state: Float[Array, " features"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.LinearReadout`; output and new state are the same."""
         check_shape("nn.MaxOverTime", "an input", x, (self.size,))
         check_shape("nn.MaxOverTime", "a state", state, (self.size,))
@@ -254,9 +248,7 @@ class SpikeCount(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.size, self.dtype)
 
-    def __call__(
-        self, x: Float[Array, " units"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.LinearReadout`; output and new state are the same."""
         check_shape("nn.SpikeCount", "an input", x, (self.size,))
         check_shape("nn.SpikeCount", "a state", state, (self.size,))

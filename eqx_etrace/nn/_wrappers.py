@@ -47,9 +47,7 @@ class GRU(eqx.Module):
         """Zeros."""
         return jnp.zeros(self.cell.hidden_size, self.cell.weight_ih.dtype)
 
-    def __call__(
-        self, x: Float[Array, " inputs"], state: Float[Array, " units"]
-    ) -> tuple[Array, Array]:
+    def __call__(self, x: Array, state: Array) -> tuple[Array, Array]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.GRU", "an input", x, (self.cell.input_size,))
         check_shape("nn.GRU", "a state", state, (self.cell.hidden_size,))
@@ -89,9 +87,7 @@ class LSTM(eqx.Module):
         return zeros, zeros
 
     def __call__(
-        self,
-        x: Float[Array, " inputs"],
-        state: tuple[Float[Array, " units"], Float[Array, " units"]],
+        self, x: Array, state: tuple[Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         """As `eqx_etrace.nn.RNN`."""
         check_shape("nn.LSTM", "an input", x, (self.cell.input_size,))

@@ -133,6 +133,12 @@ def test_functions_are_no_leaves():
     _same(zeros(XS[0], zeros.init_state())[0], jnp.zeros(OUT))
 
 
+def test_weights_of_a_layer_that_is_a_tree_are_leaves():
+    layer = jax.tree_util.Partial(jnp.matmul, jnp.ones((OUT, IN)))
+    (leaf,) = jax.tree.leaves(nn.Sequential([layer]))
+    assert leaf.shape == (OUT, IN)
+
+
 def test_tree_at():
     net = eqx.tree_at(lambda net: net.layers[2].bias, _sequential(), jnp.full(OUT, 9.0))
     old, new = (m(XS[0], m.init_state())[0] for m in (_sequential(), net))

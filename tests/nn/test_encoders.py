@@ -95,6 +95,11 @@ def test_delta():
     np.testing.assert_array_equal(got, [-1, *expected[1:]])
 
 
+def test_numbers_of_numpy():
+    got = nn.delta_encode(np.array([0.0, 0.5]), threshold=0.5, initial=-1.0)
+    np.testing.assert_array_equal(got, [1, 1])
+
+
 def test_step_forward():
     xs, threshold = np.asarray(SERIES), 0.8
     baseline, expected = xs[0].copy(), []
@@ -154,8 +159,8 @@ def test_half_precision_has_all_of_its_steps():
 
 @EVERY
 def test_integers_are_refused(name):
-    # The checks of annotations come first where they are on.
-    with pytest.raises(TypeError):
+    message = f"nn.{name}: got an array of dtype int64, expected a floating-point one"
+    with pytest.raises(TypeError, match=message):
         ENCODERS[name](jnp.ones((7, 2), int), KEY)
 
 
