@@ -137,6 +137,7 @@ class Sequential(eqx.Module):
     !!! example
 
         ```python
+        import eqx_etrace
         from eqx_etrace import nn
 
         one, two = jax.random.split(jax.random.key(0))
