@@ -1,4 +1,4 @@
-"""Neurons, synapses and connections, each a plain Equinox module of one time step.
+"""Neurons, synapses, cells and readouts, each a plain Equinox module of one time step.
 
 Everything is called as `(x, state) -> (out, state)`, unbatched, and has `init_state()`.
 It is a convenience: the library trains any Equinox module, and nothing in here is known
@@ -12,6 +12,19 @@ from ._adaptive import (
     GIFState as GIFState,
 )
 from ._adex import AdEx as AdEx, AdExState as AdExState
+from ._cells import (
+    CFN as CFN,
+    MGU as MGU,
+    RNN as RNN,
+    URLSTM as URLSTM,
+    MinimalRNN as MinimalRNN,
+)
+from ._cells_elementwise import (
+    IndRNN as IndRNN,
+    MinGRU as MinGRU,
+    MinLSTM as MinLSTM,
+    QuasiLSTM as QuasiLSTM,
+)
 from ._connections import (
     Conv as Conv,
     Dale as Dale,
@@ -19,10 +32,24 @@ from ._connections import (
     ExcInh as ExcInh,
     Sparse as Sparse,
 )
+from ._containers import (
+    Residual as Residual,
+    Sequential as Sequential,
+    Stack as Stack,
+)
 from ._delay import (
     Delay as Delay,
     DelayedDense as DelayedDense,
     DelayState as DelayState,
+)
+from ._encoders import (
+    delta_encode as delta_encode,
+    latency_encode as latency_encode,
+    linear_latency_encode as linear_latency_encode,
+    poisson_encode as poisson_encode,
+    population_encode as population_encode,
+    rate_encode as rate_encode,
+    step_forward_encode as step_forward_encode,
 )
 from ._hodgkin_huxley import (
     HodgkinHuxley as HodgkinHuxley,
@@ -40,6 +67,7 @@ from ._lif import (
     LIFState as LIFState,
     LIState as LIState,
 )
+from ._linear_recurrent import LRU as LRU, RTU as RTU, NonlinearRTU as NonlinearRTU
 from ._neurons import AbstractNeuron as AbstractNeuron
 from ._neurons_wrapped import (
     Recurrent as Recurrent,
@@ -59,6 +87,12 @@ from ._plasticity import (
     STP as STP,
     STDState as STDState,
     STPState as STPState,
+)
+from ._readout import (
+    LeakyReadout as LeakyReadout,
+    LinearReadout as LinearReadout,
+    MaxOverTime as MaxOverTime,
+    SpikeCount as SpikeCount,
 )
 from ._surrogate import (
     Surrogate as Surrogate,
@@ -87,3 +121,4 @@ from ._synapses_conductance import (
     COBAState as COBAState,
     Drive as Drive,
 )
+from ._wrappers import GRU as GRU, LSTM as LSTM
