@@ -292,16 +292,17 @@ def compile(
         bound = rule.bound(lambda: structure(graph, reads))
         kept = of_whole_state(graph.decisions, credited(graph))
         return dataclasses.replace(graph, rule=bound, decisions=kept)
-    return _with_rule(with_facts(graph), rule)
+    return _with_rule(with_facts(graph))
 
 
-def _with_rule(graph: ETraceGraph, rule: LocalRule) -> ETraceGraph:
+def _with_rule(graph: ETraceGraph) -> ETraceGraph:
     """The graph with the rule for its weights, and relations that know what they
     share."""
     leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
     shapes = {path: spec.shape for path, spec in leaves}
     weights = Weights(shapes, graph.relations, share_names(graph), graph.batch)
-    bound, decisions = rule.bound(weights)
+    assert isinstance(graph.rule, LocalRule)
+    bound, decisions = graph.rule.bound(weights)
     shares = weights.shares([id(bound.of(relation)) for relation in graph.relations])
     relations = tuple(
         dataclasses.replace(relation, same_x=x, same_df=df)
