@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from models import IN, MODELS, OUT, random_state, sequence, spike
-from oracles import bptt, cosine, quick_jit
+from oracles import bptt, quick_jit
 from windows import squares
 
 import eqx_etrace as etrace
@@ -190,7 +190,9 @@ def measure(net, name) -> tuple[float, float, float]:
         for g in (grads, exact)
     ]
     assert math.isfinite(float(losses[-1]))
-    return cosine(*hidden), float(losses[0]), float(losses[-1])
+    a, b = (np.concatenate([leaf.ravel() for leaf in leaves]) for leaves in hidden)
+    cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+    return float(cosine), float(losses[0]), float(losses[-1])
 
 
 @functools.cache

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import itertools
+import pathlib
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from windows import local, of_catalogue, of_models
+from windows import local, of_models
 
 import eqx_etrace as etrace
 from eqx_etrace._compile import _with_rule
@@ -31,8 +33,12 @@ def _allocated(graph):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trace))
 
 
-def _compiled(name, rule):
+def _with(graph, rule):
     """As `compile` would give it, which takes longer."""
+    return _with_rule(dataclasses.replace(graph, rule=rule))
+
+
+def _compiled(name, rule):
     model, batch, _ = CASES[name]
     graph = of_models(model, D, 1, batch)[0]
     return _with_rule(dataclasses.replace(graph, rule=rule))
@@ -135,26 +141,62 @@ def test_the_report_says_why():
     assert "since with DRTRL" in str(graph.explain(weight=told[0].weight[0]))
 
 
+def test_the_documented_report_is_the_real_one():
+    text = (pathlib.Path(__file__).parent.parent / "docs/rules.md").read_text()
+    shown = text.split("```text\nByWeight")[1].split("```")[0].splitlines()
+    cell = eqx.nn.GRUCell(1, 32, dtype=jnp.float32, key=jax.random.key(0))
+    state, x = jnp.zeros(32, jnp.float32), jnp.zeros(1, jnp.float32)
+    graph = etrace.compile(
+        {"cell": cell},
+        state,
+        x,
+        etrace.Budget(4_000),
+        call=lambda m, x, h: (m["cell"](x, h),) * 2,
+    )
+    lines = str(graph.report()).replace("['cell']", "cell").splitlines()
+    found, shown = (
+        [" ".join(line.split()) for line in some]
+        for some in (lines, ["ByWeight" + shown[0], *shown[1:]])
+    )
+    assert len(shown) == 6
+    assert set(shown) <= {*found, "..."}
+
+
 def test_what_was_chosen_can_be_given_again():
     _, graph = _chosen("gru", 2000)
     again = _compiled("gru", graph.rule)
     assert again.same_structure(graph) and again.rule == graph.rule
 
 
+class Factors(eqx.Module):
+    """A weight of two params, one of which is a weight of its own, too."""
+
+    c: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+    def __call__(self, x, h):
+        drive = self.c @ x + self.a @ x[:2] + (self.a @ self.b) @ x
+        h = jax.nn.sigmoid(drive) * h + drive
+        return h, h
+
+
 def test_the_params_of_one_weight_go_together():
-    plain, *_ = of_catalogue("low_rank_recurrent", D)
-    pairs = {r.weight for r in plain.relations if len(r.weight) > 1}
-    assert pairs
-    seen = set()
-    for budget in range(_allocated(plain), 0, -64):
+    net = Factors(jnp.ones((6, 5)), jnp.ones((6, 2)), jnp.ones((2, 5)))
+    graph = etrace.compile(net, jnp.zeros(6), jnp.zeros(5))
+    assert sorted(r.weight for r in graph.relations) == [("a",), ("a", "b"), ("c",)]
+    seen = {}
+    for budget in range(_allocated(graph), 0, -16):
         try:
-            graph, *_ = of_catalogue("low_rank_recurrent", etrace.Budget(budget))
+            now = _with(graph, etrace.Budget(budget))
         except etrace.CompileError:
             break
-        assert _allocated(graph) <= budget
-        rule = local(graph)
-        seen |= {name_of(rule.of(r)) for r in graph.relations if r.weight in pairs}
-    assert len(seen) == 2
+        assert _allocated(now) <= budget
+        of = {r.name: name_of(local(now).of(r)) for r in now.relations}
+        assert of["a"] == of["a * b"]
+        seen[of["a"], of["c"]] = budget
+    es = name_of(ES)
+    assert list(seen) == [("DRTRL", "DRTRL"), (es, "DRTRL"), (es, es)]
 
 
 def test_one_rule_to_choose_from():
