@@ -72,7 +72,9 @@ def _random_use(conv):
     return use_of(conv, w, jax.random.normal(keys[1], conv.x_shape))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 5))]
+)
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 def test_a_random_convolution_equals_the_default(spatial, seed):
     rule, default, operands, shape = _random_use(_draw(seed, spatial))

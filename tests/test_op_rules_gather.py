@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from catalogue_case import one_in
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from oracles import assert_same_gradient, bptt, one_step, online, quick_jit
 from test_op_rules import check_batch, check_gradient, use_of
@@ -106,7 +107,7 @@ def _use(case):
     return use_of(fun, jax.random.normal(jax.random.key(0), shape), indices)
 
 
-@pytest.mark.parametrize("name", CASES)
+@one_in(3, CASES)
 def test_a_lookup_equals_the_default(name):
     rule, default, operands, shape = _use(CASES[name])
     assert type(rule) is Gather

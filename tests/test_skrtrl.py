@@ -72,8 +72,12 @@ def test_the_gradient_is_that_of_the_formula(rank):
     assert_same_gradient({"w": got.w, "u": got.u}, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 4, 5])
-@pytest.mark.parametrize("name", ["plain", "lif", "gru_lif"])
+@pytest.mark.parametrize(
+    "rank", [0, 2, 5, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 4))]
+)
+@pytest.mark.parametrize(
+    "name", ["plain", "lif", pytest.param("gru_lif", marks=pytest.mark.long)]
+)
 def test_the_certificate_is_never_violated(name, rank):
     rules = etrace.SKRTRL(rank), etrace.RTRL()
     found = [

@@ -90,8 +90,8 @@ class LocalRule(eqx.Module):
             scope: str = eqx.field(static=True, default="local")
 
             def init(self, relation):
-                zeros = (jnp.zeros(relation.trace_shape, d) for d in relation.trace_dtypes)
-                return tuple(zeros)
+                shape, dtypes = relation.trace_shape, relation.trace_dtypes
+                return tuple(jnp.zeros(shape, dtype) for dtype in dtypes)
 
             def update(self, relation, trace, jacobian):
                 new = []
