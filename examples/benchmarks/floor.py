@@ -15,7 +15,7 @@ from workloads import ADAPTATION_DECAY, GRUCell, in_windows, loss_fn
 def forward_and_products(net, state, xs, ys, *, window, products=True):
     """The loss, sums of the size of the gradient, and the state.
 
-    The inputs' products are taken for a whole window, the others step by step."""
+    The inputs' products are taken for a whole window where that is faster."""
     cell, units = net.cell, net.readout.in_features
     gru = isinstance(cell, GRUCell)
     from_x, from_h, bias = (
@@ -29,11 +29,14 @@ def forward_and_products(net, state, xs, ys, *, window, products=True):
         xs, ys = xy
 
         def step(state, driven):
+            # A GRU's products of x are three times its state, and cheaper made here.
+            driven = driven @ from_x.T + bias if gru else driven
             fed_back = cell.read(state)
             new = advanced(cell, state, fed_back, driven, fed_back @ from_h.T)
             return new, (fed_back, cell.read(new))
 
-        state, (old, new) = jax.lax.scan(step, state, xs @ from_x.T + bias)
+        driven = xs if gru else xs @ from_x.T + bias
+        state, (old, new) = jax.lax.scan(step, state, driven)
         out = new @ net.readout.weight.T + net.readout.bias
         total, error = total + jnp.sum(jax.vmap(loss_fn)(out, ys)), out - ys
         found = [_product(error, beside(new))]
