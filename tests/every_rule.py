@@ -3,6 +3,7 @@ that `test_every_rule.py` holds."""
 
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,15 +27,12 @@ class SparseRNN(eqx.Module):
 
     w: jax.Array
     u: jax.Array
-    source: np.ndarray = eqx.field(static=True)
+    source: jax.Array
     readout: eqx.nn.Linear
 
     def __call__(self, x, h):
         h = jnp.tanh(self.w @ x + jnp.sum(self.u * h[self.source], axis=1))
         return self.readout(h), h
-
-    def __hash__(self):
-        return id(self)
 
 
 class ConvLIF(eqx.Module):
@@ -74,7 +72,7 @@ def _of_models(name):
 
 def _sparse():
     keys = jax.random.split(KEY, 3)
-    source = np.random.default_rng(0).integers(0, UNITS, (UNITS, 3))
+    source = jnp.asarray(np.random.default_rng(0).integers(0, UNITS, (UNITS, 3)))
     readout = eqx.nn.Linear(UNITS, OUT, key=keys[2])
     w, u = (jax.random.normal(k, (UNITS, n)) for k, n in zip(keys, (IN, 3)))  # noqa: B905 the third is the readout's
     return SparseRNN(w, 0.6 * u, source, readout), jnp.zeros(UNITS), *_data()
@@ -206,7 +204,7 @@ def reference(net):
 
 
 def main():
-    for net in NETS:
+    for net in sys.argv[1:] or NETS:
         print(f'    "{net}": {{', flush=True)
         for name in RULES:
             try:
