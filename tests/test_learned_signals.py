@@ -172,6 +172,57 @@ def test_a_guess_that_has_learnt_is_better_than_none():
     assert gap(after) < 0.5 * gap(before)
 
 
+class RNN(eqx.Module):
+    w: jax.Array
+    u: jax.Array
+    out: jax.Array
+    guess: eqx.nn.Linear
+
+    def __call__(self, x, h):
+        h = jnp.tanh(self.w @ x + self.u @ h)
+        return self.out @ h, h
+
+
+def _dni_by_formula(plain, xs, ts, window):
+    w, u, out, a, b = (plain[name] for name in ("w", "u", "out", "a", "b"))
+    total = {name: np.zeros_like(value) for name, value in plain.items()}
+    h = np.zeros(N)
+    for start in range(0, len(xs), window):
+        states = [h]
+        for x in xs[start : start + window]:
+            states.append(np.tanh(w @ x + u @ states[-1]))
+        back = a @ states[-1] + b  # The guess at the end.
+        for k in reversed(range(len(states) - 1)):
+            error = 2 * (out @ states[k + 1] - ts[start + k])
+            total["out"] += np.outer(error, states[k + 1])
+            drive = (1 - states[k + 1] ** 2) * (out.T @ error + back)
+            total["w"] += np.outer(drive, xs[start + k])
+            total["u"] += np.outer(drive, states[k])
+            back = u.T @ drive
+        wrong = a @ states[0] + b - back  # Its lesson at the start.
+        total["a"] += np.outer(wrong, states[0])
+        total["b"] += wrong
+        h = states[-1]
+    return total
+
+
+def test_synthetic_gradients_on_paper():
+    rng = np.random.default_rng(2)
+    shapes = {"w": (N, IN), "u": (N, N), "out": (OUT, N), "a": (N, N), "b": (N,)}
+    plain = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
+    xs, ts = rng.normal(size=(20, IN)), rng.normal(size=(20, OUT))
+    guess = eqx.nn.Linear(N, N, key=jax.random.key(0))
+    values = [jnp.asarray(plain[name]) for name in ("a", "b")]
+    guess = eqx.tree_at(lambda m: (m.weight, m.bias), guess, values)
+    net = RNN(*(jnp.asarray(plain[name]) for name in ("w", "u", "out")), guess)
+    graph = etrace.compile(net, jnp.zeros(N), jnp.asarray(xs[0]), etrace.DNI("guess"))
+    args = graph.params(net), jnp.zeros(N), None, jnp.asarray(xs), jnp.asarray(ts)
+    got = quick_jit(etrace.value_and_grad(graph, squares, window=3))(*args)[1]
+    found = {"w": got.w, "u": got.u, "out": got.out}
+    found |= {"a": got.guess.weight, "b": got.guess.bias}
+    assert_same_gradient(found, _dni_by_formula(plain, xs, ts, 3))
+
+
 REFUSED = {
     "no such leaf": (
         lambda: _problem(etrace.DRTRL(signal=etrace.AdaptiveFeedback("b"))),

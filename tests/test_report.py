@@ -4,11 +4,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from models import MODELS, spike
+from models import MODELS, sequence, spike
 from windows import local
 
 import eqx_etrace as etrace
 from eqx_etrace._report import size
+from eqx_etrace._space import spaces
 
 
 N, IN, OUT, BATCH = 6, 4, 2, 3
@@ -188,3 +189,36 @@ def test_sizes():
         "5.6 MB",
         "7.8 GB",
     ]
+
+
+GLOBAL = {
+    "RTRL": lambda n, p: n * p,
+    "UORO": lambda n, p: n + p,
+    "SnAp": None,
+    "SKRTRL": None,
+    "KFRTRL": None,
+}
+MADE = {
+    "RTRL": etrace.RTRL(),
+    "UORO": etrace.UORO(jax.random.key(0)),
+    "SnAp": etrace.SnAp(2),
+    "SKRTRL": etrace.SKRTRL(2),
+    "KFRTRL": etrace.KFRTRL(jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_bytes_of_global_rules_are_those_allocated(name):
+    case = MODELS["gru"]
+    model, state = case.make(jax.random.key(0))
+    x = sequence(KEY, case, 1)[0][0]
+    graph = etrace.compile(model, state, x, MADE[name])
+    leaves = jax.tree.leaves(etrace.init_trace(graph))
+    allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert f"trace {size(allocated)}\n" in str(graph.report())
+    formula = GLOBAL[name]
+    if formula is not None:
+        keys = [a for a in leaves if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+        numbers = (allocated - sum(k.dtype.itemsize for k in keys)) // 8
+        n, reaching = state.size, spaces(graph).weights.size
+        assert numbers == formula(n, reaching)

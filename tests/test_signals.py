@@ -12,6 +12,7 @@ from oracles import assert_same_gradient, bptt, quick_jit
 from windows import assert_same, by_steps, differ, local, squares
 
 import eqx_etrace as etrace
+from eqx_etrace._errors import size
 
 
 N, IN, OUT, STEPS = 5, 4, 3, 20
@@ -232,6 +233,21 @@ def test_exits_carry_the_exact_signal(name):
         graph = etrace.compile(model, state, xs[0], etrace.DRTRL(signal=signal))
         found.append(_gradient(graph, graph.params(model), state, xs, ts, window=3))
     assert_same_gradient(*found, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["lif", "lstm"])
+def test_a_filter_that_forgets_is_no_filter(name):
+    """Slots that act on each other within a step count once."""
+    case = MODELS[name]
+    model, state = case.make(jax.random.key(0))
+    state = random_state(jax.random.key(1), state)
+    xs, ts = sequence(jax.random.key(2), case, 5)
+    found = []
+    for rule in (etrace.Kappa(etrace.DRTRL(), 0.0), etrace.DRTRL()):
+        graph = etrace.compile(model, state, xs[0], rule)
+        found.append(_gradient(graph, graph.params(model), state, xs, ts))
+    assert any(any(row) for row in graph.groups[0].within_matrix)
+    assert_same_gradient(*found)
 
 
 def _two_layers(rule, batch=None):
@@ -508,3 +524,53 @@ def test_what_cannot_be_is_refused_with_the_remedy(name):
     build, kind, text = REFUSED[name]
     with pytest.raises(kind, match=text):
         build()
+
+
+def test_reward_based_e_prop_is_a_sum_of_gradients_of_the_past():
+    """The TD error times all gradients until now, each as old as it is."""
+    graph, (params, state, xs, ts), (plain, *_) = _problem(etrace.EProp(KAPPA))
+    rng = np.random.default_rng(4)
+    errors, discount = jnp.asarray(rng.normal(size=STEPS)), 0.7
+
+    def at_step(params, carry, x, t):
+        state, trace = carry
+        out, *new = etrace.step(graph, params, state, trace, x)
+        return squares(out, t), new
+
+    def body(carry, now):
+        carry, past, total = carry
+        x, t, error = now
+        grads, carry = jax.grad(at_step, has_aux=True)(params, carry, x, t)
+        past = jax.tree.map(lambda G, g: discount * G + g, past, grads)
+        total = jax.tree.map(lambda a, G: a + error * G, total, past)
+        return (carry, past, total), None
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    start = [state, etrace.init_trace(graph)], zero, zero
+    (_, _, got), _ = quick_jit(lambda: jax.lax.scan(body, start, (xs, ts, errors)))()
+    weight = np.zeros(STEPS)  # What all later TD errors make of the signal of a step.
+    for t in reversed(range(STEPS)):
+        later = weight[t + 1] if t + 1 < STEPS else 0.0
+        weight[t] = errors[t] + discount * later
+    expected = _by_formula(
+        plain,
+        np.asarray(xs),
+        np.asarray(ts),
+        lambda t, error: weight[t] * (plain["out"].T @ error),
+        kappa=KAPPA,
+    )
+    assert_same_gradient({"w": got.w, "u": got.u}, expected)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_the_report_counts_the_filter(batch):
+    graph, *_ = _two_layers(etrace.EProp(KAPPA), batch)
+    plain, *_ = _two_layers(etrace.DRTRL(), batch)
+    found = []
+    for made in (graph, plain):
+        leaves = jax.tree.leaves(etrace.init_trace(made))
+        allocated = sum(leaf.nbytes for leaf in leaves)
+        assert f"trace {size(allocated)}" in str(made.report()).splitlines()[0]
+        found.append(allocated)
+    filtered = sum(int(np.prod(r.trace_shape)) * 8 for r in graph.relations)
+    assert found[0] == found[1] + filtered * (batch or 1)
