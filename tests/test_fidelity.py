@@ -60,7 +60,10 @@ def _assert_published(found):
     "tasks, options, pairs",
     [
         (["copy", "adding"], ["--pieces", "4"], 13),
-        (["rotation", "anbn"], ["--pieces", "5", "--seeds", "2"], 16),
+        pytest.param(
+            *(["rotation", "anbn"], ["--pieces", "5", "--seeds", "2"], 16),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_rules_that_go_along(tasks, options, pairs, tmp_path):
