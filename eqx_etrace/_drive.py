@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._forward import Setting, at_step, moving_leaves, renew
+from ._forward import Setting, at_step, moving_leaves, renew, renew_trace
 from ._given import read_given
 from ._graph import ETraceGraph
 from ._inputs import Inputs, check_lanes, check_time, read_inputs, window_of
@@ -326,7 +326,7 @@ def _one_step(
     if reset is not None:
         assert setting.initial is not None
         state = renew(setting.initial, state, reset[0])
-        trace = renew(init_trace(graph), trace, reset[0])
+        trace = renew_trace(init_trace(graph), trace, reset[0])
 
     signal = jtu.tree_map(lambda array: array[0], losses.signal)
 
@@ -349,7 +349,8 @@ def renewed(
         return state, trace
     if initial is None:
         initial = jtu.tree_map(jnp.zeros_like, state)
-    return renew(initial, state, reset), renew(init_trace(graph), trace, reset)
+    zero = init_trace(graph)
+    return renew(initial, state, reset), renew_trace(zero, trace, reset)
 
 
 def pick_window(setting: Setting, inputs: Inputs, rest: Sequence) -> int:

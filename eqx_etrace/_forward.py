@@ -138,6 +138,16 @@ def renew(new: PyTree, old: PyTree, where: Any) -> PyTree:
     return jax.tree.map(choose, new, old)
 
 
+def renew_trace(zero: PyTree, trace: PyTree, where: Any) -> PyTree:
+    """The trace, zero `where` a new sequence begins; random keys go on as they were."""
+
+    def keep(leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+    renewed = renew(zero, trace, where)
+    return jax.tree.map(lambda a, b: a if keep(a) else b, trace, renewed)
+
+
 def forward(
     setting: Setting,
     state: Sequence[Any],

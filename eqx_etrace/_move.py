@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from ._forward import Setting, at_step, moving_leaves, renew
+from ._forward import Setting, at_step, moving_leaves, renew, renew_trace
 from ._jacobian import run
 from ._step import advance, init_trace
 
@@ -25,7 +25,7 @@ def move_by_steps(
         (state, trace), (slices, fresh) = carry, now
         if fresh is not None:
             state = renew(setting.initial, state, fresh)
-            trace = renew(zero, trace, fresh)
+            trace = renew_trace(zero, trace, fresh)
         x = at_step(setting, xs, slices)
 
         def one(state: Any, x: Any) -> tuple[Any, Any]:

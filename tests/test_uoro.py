@@ -90,3 +90,15 @@ def test_samples_draw_their_own_signs():
     assert (
         jax.random.key_data(keys[0]).tolist() != jax.random.key_data(keys[1]).tolist()
     )
+
+
+def test_a_new_sequence_draws_new_signs():
+    """A reset forgets the trace, not where the random numbers are."""
+    graph, params, (h, xs, ts), _ = plain_rnn(etrace.UORO(jax.random.key(2)))
+    fun = quick_jit(etrace.value_and_grad(graph, squares))
+    reset = jnp.arange(len(xs)) == 10
+    *_, whole = fun(params, h, None, xs, ts)
+    *_, cut = fun(params, h, None, xs, ts, reset=reset)
+    keys = [np.asarray(jax.random.key_data(trace.key)) for trace in (whole, cut)]
+    assert np.array_equal(*keys)
+    assert not np.array_equal(whole.states, cut.states)
