@@ -23,12 +23,14 @@ from oracles import assert_same_gradient, online_steps, quick_jit
 import eqx_etrace as etrace
 
 
-def _named(check, names=tuple(OWN)):
-    """Names of cases as params of a test, marked where the check is pending."""
+def _named(check, names=tuple(OWN), every=1):
+    """Names of cases as params of a test, marked where the check is pending, and but
+    for every so manieth as long."""
     params = []
-    for name in names:
+    for number, name in enumerate(names):
         why = OWN[name].pending.get(check)
-        marks = () if why is None else pytest.mark.xfail(strict=True, reason=why)
+        marks = [] if why is None else [pytest.mark.xfail(strict=True, reason=why)]
+        marks += [pytest.mark.long] if number % every else []
         params.append(pytest.param(name, marks=marks))
     return pytest.mark.parametrize("name", params)
 
@@ -83,7 +85,7 @@ def test_structure(name):
         assert {relation.op.name for relation in relations} == ops, end
 
 
-@_named("one step")
+@_named("one step", every=3)
 def test_one_step_equals_autodiff(name):
     got = jax.tree.map(lambda g: g[0], _every_step(name))
     _compare(name, got, first_step(OWN[name]))

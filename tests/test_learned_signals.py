@@ -214,7 +214,8 @@ def test_synthetic_gradients_on_paper():
     guess = eqx.nn.Linear(N, N, key=jax.random.key(0))
     values = [jnp.asarray(plain[name]) for name in ("a", "b")]
     guess = eqx.tree_at(lambda m: (m.weight, m.bias), guess, values)
-    net = RNN(*(jnp.asarray(plain[name]) for name in ("w", "u", "out")), guess)
+    w, u, out = (jnp.asarray(plain[name]) for name in ("w", "u", "out"))
+    net = RNN(w, u, out, guess)
     graph = etrace.compile(net, jnp.zeros(N), jnp.asarray(xs[0]), etrace.DNI("guess"))
     args = graph.params(net), jnp.zeros(N), None, jnp.asarray(xs), jnp.asarray(ts)
     got = quick_jit(etrace.value_and_grad(graph, squares, window=3))(*args)[1]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from catalogue_case import one_in
 from models import MODELS, Taps
 from oracles import (
     Dense,
@@ -54,7 +55,7 @@ def test_spikes_happen_and_do_not_always_happen(name):
     assert 0.05 < rate < 0.7
 
 
-@pytest.mark.parametrize("name", ALL)
+@one_in(3, ALL)
 def test_declared_units_hold_the_whole_local_jacobian(name):
     model, state, xs, _ = problem(name)
     dense = Dense(model, state, MODELS[name].groups)
@@ -99,7 +100,7 @@ def test_only_the_readout_has_a_gradient_past_the_hidden_state(name):
         assert where.startswith(".readout") or not np.any(leaf), where
 
 
-@pytest.mark.parametrize("name", ALL)
+@one_in(3, ALL)
 def test_no_parameter_is_left_out(name):
     grads = reference(name, MODELS[name].vjp)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -109,13 +110,13 @@ def test_no_parameter_is_left_out(name):
 # Guards: the grids would pass with a wrong rule if these gradients were equal.
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n not in LOCAL])
+@one_in(3, [n for n in ALL if n not in LOCAL])
 def test_the_rule_is_not_bptt(name):
     got, expected = reference(name, MODELS[name].vjp), autodiff(name)
     assert 0.2 < cosine(got, expected) < 0.9999
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n not in LOCAL])
+@one_in(3, [n for n in ALL if n not in LOCAL])
 def test_a_window_of_one_step_is_another_gradient(name):
     single, multi = reference(name, "single-step"), reference(name, "multi-step")
     assert _largest(single, multi) > 1e-3

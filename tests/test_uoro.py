@@ -100,5 +100,6 @@ def test_a_new_sequence_draws_new_signs():
     *_, whole = fun(params, h, None, xs, ts)
     *_, cut = fun(params, h, None, xs, ts, reset=reset)
     keys = [np.asarray(jax.random.key_data(trace.key)) for trace in (whole, cut)]
-    assert np.array_equal(*keys)
+    first, second = keys
+    assert np.array_equal(first, second)
     assert not np.array_equal(whole.states, cut.states)

@@ -1,6 +1,5 @@
 """The interface of global rules: the whole hidden state as one vector."""
 
-import functools as ft
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -56,18 +55,13 @@ class Dynamics:
         by_use: Callable[[Sequence[WeightUse], Sequence[int]], UseJacobian],
     ):
         self.sizes = Sizes(states.size, weights.size, states.dtype)
-        self._step, self._at, self._transposed = step, (states, weights), transposed
-        self._by_use = by_use
-
-    @ft.cached_property
-    def _pull(self) -> Any:
-        return jax.vjp(self._step, *self._at)[1]
-
-    @ft.cached_property
-    def _push(self) -> Any:
-        if self._transposed:
-            return _transposed(self._pull, *self._at)
-        return jax.linearize(self._step, *self._at)[1]
+        self._at, self._by_use = (states, weights), by_use
+        # Here, and not when they are asked for: that may be under a vmap of the rule.
+        _, self._pull = jax.vjp(step, states, weights)
+        if transposed:
+            self._push = _transposed(self._pull, states, weights)
+        else:
+            self._push = jax.linearize(step, states, weights)[1]
 
     def jvp(
         self,
