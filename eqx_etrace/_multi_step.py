@@ -14,7 +14,7 @@ from ._move import move_by_steps
 from ._objective import Losses
 from ._rules import GlobalRule
 from ._step import init_trace
-from ._synthetic import bootstraps, lesson, synthetic
+from ._synthetic import bootstraps, synthetic, with_lesson
 from ._window import add_gradients, credit, local_reads
 
 
@@ -45,10 +45,8 @@ def multi_step_window(
     guess = synthetic(graph, setting.weights, end) if guesses else []
     direct, edge = pull((given, guess))
     if guesses:
-        learned = lesson(graph, setting.weights, hidden, edge)
-        pairs = zip(graph.weights, direct, strict=True)
-        total = [g + learned.get(ref, 0) for ref, g in pairs]
-        return result, total, ran.state, init_trace(graph)
+        total = with_lesson(graph, setting.weights, hidden, edge, direct)
+        return result, list(total), ran.state, init_trace(graph)
     if not graph.rule.windowed:
         total = with_edge(graph, direct, trace, edge)
         new = moved_trace(setting, ran, state, trace, xs, reset)

@@ -46,7 +46,7 @@ from ._step_credit import (
     per_sample,
     silent_slots,
 )
-from ._synthetic import bootstraps, lesson, synthetic
+from ._synthetic import bootstraps, synthetic, with_lesson
 
 
 def init_trace(graph: ETraceGraph) -> PyTree:
@@ -360,9 +360,8 @@ def _core_bwd(static: Frozen, residuals: Any, cotangents: Any) -> tuple[Any, ...
     )
     gradients = of_weights
     if bootstraps(graph):
-        learned = lesson(graph, local[0], local[1], derivatives)
-        pairs = zip(graph.weights, gradients, strict=True)
-        gradients = tuple(g + learned.get(ref, 0) for ref, g in pairs)
+        weights, old, _ = local
+        gradients = with_lesson(graph, weights, old, derivatives, gradients)
     elif local is not None:
         derivatives, heard, learned = heard_of(
             graph, local, derivatives, of_out, of_state

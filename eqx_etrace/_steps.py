@@ -18,7 +18,7 @@ from ._multi_step import forward_from, moved_trace, with_edge
 from ._stage import Frozen
 from ._step import check_trace, init_trace, merge_graph, read_state
 from ._step_credit import instantiate, is_inexact
-from ._synthetic import bootstraps, lesson, synthetic
+from ._synthetic import bootstraps, synthetic, with_lesson
 from ._window import local_reads
 
 
@@ -226,9 +226,7 @@ def _core_bwd(static: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         of_x[i] = cotangent
     total = with_edge(graph, of_weights, trace, edge)
     if bootstraps(graph):
-        learned = lesson(graph, local[0], local[1], edge)
-        pairs = zip(graph.weights, total, strict=True)
-        total = [g + learned.get(ref, 0) for ref, g in pairs]
+        total = with_lesson(graph, local[0], local[1], edge, total)
     return None, tuple(total), None, None, None, of_x
 
 

@@ -69,13 +69,15 @@ def synthetic(
     return list(jax.lax.stop_gradient(found))
 
 
-def lesson(
+def with_lesson(
     graph: ETraceGraph,
     weights: Sequence[Any],
     hidden: Sequence[Any],
     target: Sequence[Any],
-) -> dict[int, Any]:
-    """By weight, what M learns from the derivative that came back to a state."""
+    gradients: Sequence[Any],
+) -> tuple[Any, ...]:
+    """The gradients of the weights with what M learns from the derivative that came
+    back to a state."""
     learned = _learned(graph, weights)
 
     def loss(learned: Any) -> Any:
@@ -88,7 +90,9 @@ def lesson(
 
     args = jax.lax.stop_gradient((list(hidden), list(target)))
     hidden, target = args
-    return dict(zip(graph.learned, jax.grad(loss)(learned), strict=True))
+    found = dict(zip(graph.learned, jax.grad(loss)(learned), strict=True))
+    pairs = zip(graph.weights, gradients, strict=True)
+    return tuple(g + found[ref] if ref in found else g for ref, g in pairs)
 
 
 def _learned(graph: ETraceGraph, weights: Sequence[Any]) -> list[Any]:
