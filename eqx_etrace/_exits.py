@@ -15,7 +15,7 @@ import numpy as np
 
 from ._decision import Decision, Kind
 from ._errors import CompileError
-from ._jaxpr import Equation, Program
+from ._jaxpr import Equation, Program, live
 from ._locality import Edge
 from ._pattern import identity, through
 from ._reads import Mixing, Reads
@@ -65,15 +65,11 @@ def find_exits(graph: "ETraceGraph", reads: Reads) -> Exits:
     outputs = inexact_outputs(graph)
     direct = tuple(i for i, ref in enumerate(outputs) if ref in local)
     targets = {*met, *(outputs[i] for i in direct)}
-    kept, needed = [], set(targets)
-    for equation in reversed(equations):
-        if needed.intersection(equation.outputs):
-            kept.append(equation)
-            needed.update(equation.values)
+    kept = tuple(live(equations, targets))
+    needed = targets.union(*(equation.values for equation in kept))
     written = {ref for equation in kept for ref in equation.outputs}
     known = {*graph.weights, *graph.prepared, *program.constants}
     context = (needed - written - known) | set(doors)
-    kept = tuple(kept[::-1])
     return Exits(
         tuple(met),
         _describe(graph, reads, kept, tuple(met)),
@@ -160,6 +156,7 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
             "at all, expected a readout: there is no error to send back to the units. "
             "Return what a readout makes of the new state."
         )
+    behind = _behind(graph, exits)
     for number, group in enumerate(graph.groups):
         names = ", ".join(dict.fromkeys(group.leaves))
         places = [at.places[number] for at in exits.exits]
@@ -170,7 +167,7 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
                 "unit: what is filtered is a trace per unit. Use the rule without the "
                 "filter."
             )
-        direct = set(group.doors) & set(_behind(graph, exits))
+        direct = behind.intersection(group.doors)
         if not direct and all(p == () for p in places):
             raise CompileError(
                 f"{what}: got hidden group {number} ({names}), whose new state no "
@@ -183,11 +180,9 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
 def _behind(graph: "ETraceGraph", exits: Exits) -> set[int]:
     """The new hidden leaves that a direct output is made of."""
     outputs = inexact_outputs(graph)
-    found = {outputs[i] for i in exits.direct}
-    for equation in reversed(exits.equations):
-        if found.intersection(equation.outputs):
-            found.update(equation.values)
-    return found
+    direct = {outputs[i] for i in exits.direct}
+    kept = live(exits.equations, direct)
+    return direct.union(*(equation.values for equation in kept))
 
 
 def with_learned(graph: "ETraceGraph", path: str) -> "ETraceGraph":

@@ -8,7 +8,7 @@ import jax
 
 from ._graph import ETraceGraph
 from ._jacobian import shared_env
-from ._jaxpr import Equation, evaluate
+from ._jaxpr import Equation, evaluate, live
 
 
 class Readout(NamedTuple):
@@ -33,16 +33,13 @@ def readout(graph: ETraceGraph) -> Readout:
         if arrives and equation.differentiable and not equation.effectful:
             moved.update(equation.outputs)
             equations.append(equation)
-    needed, kept = set(outputs), []
-    for equation in reversed(equations):
-        if needed.intersection(equation.outputs):
-            kept.append(equation)
-            needed.update(equation.values)
+    kept = tuple(live(equations, outputs))
+    needed = outputs.union(*(equation.values for equation in kept))
     written = {ref for equation in kept for ref in equation.outputs}
     known = weights | set(graph.prepared) | set(graph.program.constants)
     # A new state that the step makes from other new states is known all the same.
     context = (needed - written - known) | (needed & doors)
-    return Readout(tuple(kept[::-1]), tuple(sorted(context)))
+    return Readout(kept, tuple(sorted(context)))
 
 
 def outputs_of(
