@@ -3,6 +3,7 @@
 All but the first two functions are about one sample; batched callers map them.
 """
 
+import functools as ft
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ._graph import ETraceGraph
 from ._jaxpr import evaluate
 from ._locality import Edge
 from ._readout import changed_state
+from ._relation import Relation
 from ._rules import LocalRule
 from ._same_step import partial_signal
 from ._signals import Symmetric
@@ -25,18 +27,63 @@ def zeros_at_exits(graph: ETraceGraph) -> list[Any]:
     return [jnp.zeros((*lead, *at.shape), at.dtype) for at in _exits(graph).exits]
 
 
-def tapped_edges(
-    graph: ETraceGraph, at_exits: Sequence[Any] | None
-) -> dict[Edge, Callable[[Any], Any]]:
-    """What adds a change to each exit, for those that act beyond its unit."""
+Taps = dict[int, Callable[[Any], Any]]
+
+
+def tapped(
+    graph: ETraceGraph, at_exits: Sequence[Any] | None, averages: Any
+) -> tuple[dict[Edge, Callable[[Any], Any]], Taps]:
+    """What adds a change to each exit, for those that act beyond its unit, by the edges
+    that these read; and what it needs of values that the step makes before.
+
+    `averages` are, per relation that passes a signal on and per exit of its group, the
+    average of the derivative of the exit by y less that of this step."""
     if at_exits is None:
-        return {}
-    pairs = zip(_exits(graph).edges, at_exits, strict=True)
-    return {edge: _add(change) for edges, change in pairs for edge in edges}
+        return {}, {}
+    seen: dict[int, Any] = {}
+    changes: list[list[Any]] = [[change] for change in at_exits]
+    passing = [relation for relation in graph.relations if relation.passes]
+    for relation, each in zip(passing, averages or (), strict=True):
+        for number, more in zip(_of_group(graph, relation.group), each, strict=True):
+            bend = ft.partial(_bent, graph, relation, number, more, seen)
+            changes[number].append(bend)
+    pairs = zip(_exits(graph).edges, changes, strict=True)
+    edges = {edge: _add(change) for edges, change in pairs for edge in edges}
+    return edges, {r.y: ft.partial(_note, seen, r.y) for r in passing}
 
 
-def _add(change: Any) -> Callable[[Any], Any]:
-    return lambda value: value + change
+def _of_group(graph: ETraceGraph, group: int) -> list[int]:
+    """The exits that a group acts through."""
+    return [n for n, at in enumerate(_exits(graph).exits) if at.places[group]]
+
+
+def _note(seen: dict[int, Any], ref: int, value: Any) -> Any:
+    seen[ref] = value
+    return value
+
+
+def _bent(
+    graph: ETraceGraph, relation: Relation, number: int, more: Any, seen: Mapping
+) -> Any:
+    """Zero, with a derivative by y: what the average has more than this step."""
+    at = _exits(graph).exits[number]
+    places = jnp.asarray(at.places[relation.group])
+    found = jnp.zeros(at.size, at.dtype)
+    if relation.y in seen:  # Else the exit is made before y, and does not read it.
+        y = seen[relation.y]
+        _, gather = jax.vjp(relation.map.spread, jnp.zeros(relation.map.units, y.dtype))
+        moved = more.astype(y.dtype) * (y - jax.lax.stop_gradient(y))
+        found = found.at[places].add(gather(moved)[0].astype(at.dtype))
+    return found.reshape(at.shape)
+
+
+def _add(changes: Sequence[Any]) -> Callable[[Any], Any]:
+    def add(value: Any) -> Any:
+        for change in changes:
+            value = value + (change() if callable(change) else change)
+        return value
+
+    return add
 
 
 def _exits(graph: ETraceGraph) -> Exits:
@@ -137,6 +184,47 @@ def gains(
                 row = partial_signal(group.read(leaves), found[g].within)
             per_group[g].append(row)
     return per_group
+
+
+def slopes(
+    graph: ETraceGraph,
+    shared: Mapping[int, Any],
+    state: Sequence[Any],
+    saved: Sequence[Any],
+    gain: Sequence[Sequence[list[Any] | None]],
+) -> list[list[list[Any]]]:
+    """Per group, exit that it acts through, and use, the derivative of the exit by y,
+    of the shape of y. `gain` is what `gains` gives."""
+    env = dict(shared) | dict(zip(graph.saved, saved, strict=True))
+    per_group = []
+    for group, rows in zip(graph.groups, gain, strict=True):
+        old = [state[graph.hidden.leaves[leaf]] for leaf in group.own]
+        start = [_zeros(graph, ref) for ref in group.uses]
+        _, pull = jax.vjp(ft.partial(group.local_step, env, old), start)
+        found = []
+        for row in rows:
+            if row is not None:
+                placed = [group.place(s, entry) for s, entry in enumerate(row)]
+                of_doors = [sum(leaves) for leaves in zip(*placed, strict=True)]
+                found.append(pull(of_doors)[0])
+        per_group.append(found)
+    return per_group
+
+
+def less_this_step(graph: ETraceGraph, trace: Any, slope: Any) -> list[list[Any]]:
+    """What `tapped` takes as averages: those in the trace less the slopes of now."""
+    found = []
+    for relation, entries in zip(graph.relations, trace, strict=True):
+        if relation.passes:
+            pairs = zip(entries.average[0], of_use(graph, relation, slope), strict=True)
+            found.append([old - now.astype(old.dtype) for old, now in pairs])
+    return found
+
+
+def of_use(graph: ETraceGraph, relation: Relation, slope: Any) -> list[Any]:
+    """The slopes of the exits of one relation by its y."""
+    use = graph.groups[relation.group].uses.index(relation.y)
+    return [row[use] for row in slope[relation.group]]
 
 
 def _zeros(graph: ETraceGraph, ref: int) -> Any:

@@ -34,7 +34,13 @@ from ._credit import (
 )
 from ._decision import Decision, Kind
 from ._errors import CompileError
-from ._exits import check_exits, check_feedback, find_exits, with_learned
+from ._exits import (
+    check_exits,
+    check_feedback,
+    find_exits,
+    passing,
+    with_learned,
+)
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._hidden import Hidden, find_hidden, params_of
@@ -51,7 +57,7 @@ from ._relation import (
     make_relation,
     related_groups,
 )
-from ._rules import DNI, DRTRL, GlobalRule, LocalRule, Weights
+from ._rules import DNI, DRTRL, GlobalRule, Kappa, LocalRule, Weights
 from ._shared import share_names
 from ._signals import AdaptiveFeedback, Bootstrapped, Symmetric
 from ._space import credited
@@ -347,11 +353,14 @@ def _with_exits(
     if isinstance(rule.signal, AdaptiveFeedback):
         check_feedback(graph, exits, rule.signal.path, errors)
     signal = rule.signal.bound(exits.exits, errors)
+    average = isinstance(rule, Kappa) and rule.average
     relations = tuple(
         dataclasses.replace(
-            r, exits=sum(bool(at.places[r.group]) for at in exits.exits)
+            r,
+            exits=sum(bool(at.places[r.group]) for at in exits.exits),
+            passes=average and passes,
         )
-        for r in graph.relations
+        for r, passes in zip(graph.relations, passing(graph), strict=True)
     )
     saved = tuple(sorted({*graph.saved, *exits.context}))
     return dataclasses.replace(

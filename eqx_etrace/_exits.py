@@ -20,6 +20,7 @@ from ._locality import Edge
 from ._pattern import identity, through
 from ._reads import Mixing, Reads
 from ._signals import Exit
+from ._stage import is_below
 
 
 if TYPE_CHECKING:
@@ -185,17 +186,31 @@ def _behind(graph: "ETraceGraph", exits: Exits) -> set[int]:
     return direct.union(*(equation.values for equation in kept))
 
 
+def passing(graph: "ETraceGraph") -> list[bool]:
+    """Per relation whether its y is one of those by which others reach its group: the
+    last on the way to the units, counted once."""
+    body = [equation for equation in graph.body if equation.differentiable]
+    ahead = {
+        y: {ref for equation in live(body, {y}) for ref in equation.values}
+        for y in {relation.y for relation in graph.relations}
+    }
+    found, seen = [], set()
+    for relation in graph.relations:
+        ys = {r.y for r in graph.relations if r.group == relation.group}
+        last = not any(relation.y in ahead[y] for y in ys)
+        here = relation.group, relation.y
+        found.append(last and here not in seen)
+        seen.add(here)
+    return found
+
+
 def with_learned(graph: "ETraceGraph", path: str) -> "ETraceGraph":
     """The graph that hands out the params under this key path, which no equation of
     the step reads, as weights of the learning signal.
 
     **Raises:** `CompileError` if there are none."""
     paths, program = graph.param_leaves.paths, graph.program
-    mine = [
-        k
-        for k, other in enumerate(paths)
-        if other == path or other.startswith((path + ".", path + "["))
-    ]
+    mine = [k for k, other in enumerate(paths) if is_below(other, path)]
     refs = tuple(program.inputs[k] for k in mine)
     read = {ref for equation in program.equations for ref in equation.values}
     if not mine or read.intersection(refs):

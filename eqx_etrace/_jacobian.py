@@ -86,6 +86,7 @@ def run(
     at_door: Sequence[Any] | None = None,
     cut_at_door: bool = False,
     edge: Mapping[Edge, Callable[[Any], Any]] | None = None,
+    tap: Mapping[int, Callable[[Any], Any]] | None = None,
     keep: Sequence[int] | None = None,
     body: Sequence[Equation] | None = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
@@ -97,7 +98,7 @@ def run(
     env = dict(shared) | dict(
         zip(graph.program.inputs[first:], (*state, *x), strict=True)
     )
-    tap = {}
+    tap = dict(tap or {})
     if at_door is not None:
         for ref, change in zip(graph.hidden.doors, at_door, strict=True):
             tap[ref] = _add(change, cut_at_door)

@@ -133,6 +133,8 @@ class Relation(eqx.Module):
     map: UnitMap
     exits: int = eqx.field(static=True, default=0)
     """By how many values its group acts beyond its units, where a rule filters them."""
+    passes: bool = eqx.field(static=True, default=False)
+    """Whether a rule passes a signal on by an average of derivatives by this y."""
     same_x: int | None = eqx.field(static=True, default=None)
     """The number of the first relation with the same dy/dw, None if that is this."""
     same_df: int | None = eqx.field(static=True, default=None)

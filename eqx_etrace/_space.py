@@ -1,7 +1,8 @@
 """The hidden state and the weights as vectors, as a `GlobalRule` works with them."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +40,22 @@ def spaces(graph: "ETraceGraph") -> Spaces:
         tuple(jax.ShapeDtypeStruct(avals[ref].shape, avals[ref].dtype) for ref in refs)
         for refs in (graph.hidden.old, [graph.weights[k] for k in reaching])
     ]
-    with jax.numpy_dtype_promotion("standard"):
-        found = jnp.result_type(*(spec.dtype for spec in (*specs[0], *specs[1])))
-    dtype = jnp.finfo(found).dtype
+    dtype = _real((*specs[0], *specs[1]))
     return Spaces(Space(specs[0], dtype), Space(specs[1], dtype), reaching)
+
+
+def of_states(graph: "ETraceGraph") -> Space:
+    """That of the hidden state alone."""
+    avals = [graph.program.avals[ref] for ref in graph.hidden.old]
+    specs = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+    return Space(specs, _real(specs))
+
+
+def _real(specs: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """The real dtype that holds parts of all of them."""
+    with jax.numpy_dtype_promotion("standard"):
+        found = jnp.result_type(*(spec.dtype for spec in specs))
+    return jnp.finfo(found).dtype
 
 
 def credited(graph: "ETraceGraph") -> frozenset[str]:

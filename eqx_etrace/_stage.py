@@ -133,6 +133,12 @@ def named_leaves(
     ]
 
 
+def is_below(path: str, start: str) -> bool:
+    """Whether a key path is this one or goes on from it."""
+    rest = path.removeprefix(start)
+    return path.startswith(start) and (not rest or rest[0] in ".[")
+
+
 def _as_written(name: str, path: KeyPath, children: Mapping[KeyPath, set[Any]]) -> str:
     """A class that names no keys, such as a quantity with a unit, is passed over if it
     has one child; the children of others are numbered."""

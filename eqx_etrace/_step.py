@@ -19,7 +19,10 @@ from jaxtyping import PyTree
 
 from ._at_exits import (
     gains,
-    tapped_edges,
+    less_this_step,
+    of_use,
+    slopes,
+    tapped,
     zeros_at_exits,
 )
 from ._dynamics import advance_global, init_global
@@ -215,11 +218,11 @@ def _forward(
     cut_at_door: bool = False,
     edge: Any = None,
     at_exit: Any = None,
+    averages: Any = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    def one(
-        weights: Any, prepared: Any, state: Any, x: Any, at_door: Any, at_exit: Any
-    ) -> Any:
+    def one(state: Any, x: Any, at_door: Any, at_exit: Any, averages: Any) -> Any:
         shared = shared_env(graph, weights, prepared)
+        more, tap = tapped(graph, at_exit, averages)
         return run(
             graph,
             shared,
@@ -227,12 +230,12 @@ def _forward(
             x,
             at_door=at_door,
             cut_at_door=cut_at_door,
-            edge=(edge or {}) | tapped_edges(graph, at_exit),
+            edge=(edge or {}) | more,
+            tap=tap,
         )
 
-    return per_sample(graph, one, (None, None, 0, 0, 0, 0))(
-        weights, prepared, state, x, at_door, at_exit
-    )
+    axes = (0, 0, 0, 0, 0)
+    return per_sample(graph, one, axes)(state, x, at_door, at_exit, averages)
 
 
 def advance(
@@ -243,11 +246,11 @@ def advance(
     trace: Any,
     x: Any,
     saved: Any,
-) -> tuple[Any, tuple[GroupJacobian, ...]]:
-    """The new trace, and the Jacobians it was made with."""
+) -> tuple[Any, tuple[GroupJacobian, ...], Any]:
+    """The new trace, and the Jacobians and slopes that it was made with."""
     if isinstance(graph.rule, GlobalRule):
         args = weights, prepared, state, trace, x
-        return advance_global(graph, graph.rule, *args), ()
+        return advance_global(graph, graph.rule, *args), (), None
     shared = shared_env(graph, weights, prepared)
 
     def one(state: Any, saved: Any) -> Any:
@@ -256,16 +259,23 @@ def advance(
     found = per_sample(graph, one, (0, 0))(state, saved)
     env = shared | dict(zip(graph.saved, saved, strict=True))
     gain: Any = [()] * len(graph.groups)
+    slope = None
     if graph.rule.filters:
         gain = per_sample(graph, ft.partial(gains, graph, shared), (0, 0))(saved, found)
+    if any(relation.passes for relation in graph.relations):
+        sloping = per_sample(graph, ft.partial(slopes, graph, shared), (0, 0, 0))
+        slope = sloping(state, saved, gain)
     new, whole = [], graph.rule.whole(graph.relations, trace)
     for relation, old in zip(graph.relations, whole, strict=True):
         jacobian = relation_jacobian(graph, relation, found[relation.group], env)
         jacobian = dataclasses.replace(jacobian, gain=gain[relation.group])
+        if relation.passes:
+            mine = of_use(graph, relation, slope)
+            jacobian = dataclasses.replace(jacobian, slope=mine)
         moving = moving_operands(graph, relation)
         now = graph.rule.update_all(relation, old, jacobian, moving, graph.batch)
         new.append(graph.rule.kept(relation, now))
-    return tuple(new), found
+    return tuple(new), found, slope
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -282,7 +292,7 @@ def _core(
     del given
     graph = merge_graph(static, arrays)
     new_state, out, saved = _forward(graph, weights, prepared, state, x)
-    new_trace, _ = advance(graph, weights, prepared, state, trace, x, saved)
+    new_trace, *_ = advance(graph, weights, prepared, state, trace, x, saved)
     return out, new_state, new_trace
 
 
@@ -302,6 +312,11 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     cut = single and not whole
     edge = dict.fromkeys(related, jax.lax.stop_gradient) if cut else None
     taps = graph.exits is not None and graph.rule.filters
+    made = averages = None
+    if any(relation.passes for relation in graph.relations):
+        _, _, saved = _forward(graph, weights, prepared, state, x)
+        made = advance(graph, weights, prepared, state, trace, x, saved)
+        averages = less_this_step(graph, made[0], made[2])
     moving = tuple(i for i, moves in enumerate(perturbed) if moves and is_inexact(x[i]))
 
     def full(weights: Any, moved: Any, leaves: Any) -> Any:
@@ -313,7 +328,7 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
                 old[i] = leaf
         at = (None, leaves) if taps else (leaves if single else None, None)
         result = _forward(
-            graph, weights, prepared, old, inputs, at[0], whole, edge, at[1]
+            graph, weights, prepared, old, inputs, at[0], whole, edge, at[1], averages
         )
         new_state, out, _ = result
         return [leaf for leaf in (*new_state, *out) if is_inexact(leaf)], result
@@ -324,7 +339,9 @@ def _core_fwd(static: Frozen, *primals: Any) -> tuple[Any, Any]:
     _, pull, (new_state, out, saved) = jax.vjp(
         full, weights, moved, leaves, has_aux=True
     )
-    new_trace, found = advance(graph, weights, prepared, state, trace, x, saved)
+    if made is None:
+        made = advance(graph, weights, prepared, state, trace, x, saved)
+    new_trace, found, _ = made
     kept = (new_trace, found) if single else (trace, None)
     marks = dict.fromkeys(moving)
     local = None if graph.exits is None else (weights, prepared, saved, given)

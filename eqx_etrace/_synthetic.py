@@ -12,20 +12,12 @@ import jax.tree_util as jtu
 from ._errors import CompileError, describe, sentence
 from ._graph import ETraceGraph
 from ._signals import Bootstrapped
-from ._space import Space
+from ._space import of_states
 
 
 def bootstraps(graph: ETraceGraph) -> bool:
     """Whether the end of a window gets a guess."""
     return isinstance(getattr(graph.rule, "signal", None), Bootstrapped)
-
-
-def _space(graph: ETraceGraph) -> Space:
-    avals = [graph.program.avals[ref] for ref in graph.hidden.old]
-    specs = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.finfo(jnp.result_type(*(spec.dtype for spec in specs))).dtype
-    return Space(specs, dtype)
 
 
 def _guess(graph: ETraceGraph, learned: Sequence[Any], hidden: Sequence[Any]) -> Any:
@@ -38,12 +30,12 @@ def _guess(graph: ETraceGraph, learned: Sequence[Any], hidden: Sequence[Any]) ->
     model = eqx.combine(params, graph.fixed, graph.static.thaw())
     path = graph.rule.signal.path  # pyright: ignore[reportAttributeAccessIssue]
     module = ft.reduce(getattr, path.split("."), model)
-    return module(_space(graph).pack(hidden))
+    return module(of_states(graph).pack(hidden))
 
 
 def check_synthesiser(graph: ETraceGraph) -> None:
     """Raise `CompileError` unless M fits the hidden state."""
-    space, avals = _space(graph), graph.program.avals
+    space, avals = of_states(graph), graph.program.avals
     learned = [
         jax.ShapeDtypeStruct(avals[r].shape, avals[r].dtype) for r in graph.learned
     ]
@@ -63,7 +55,7 @@ def synthetic(
     learned = _learned(graph, weights)
 
     def one(hidden: Any) -> list[Any]:
-        return _space(graph).unpack(_guess(graph, learned, hidden))
+        return of_states(graph).unpack(_guess(graph, learned, hidden))
 
     found = (one if graph.batch is None else jax.vmap(one))(list(hidden))
     return list(jax.lax.stop_gradient(found))
@@ -82,7 +74,7 @@ def with_lesson(
 
     def loss(learned: Any) -> Any:
         def one(hidden: Any, target: Any) -> Any:
-            wrong = _guess(graph, learned, hidden) - _space(graph).pack(target)
+            wrong = _guess(graph, learned, hidden) - of_states(graph).pack(target)
             return jnp.sum(wrong**2) / 2
 
         found = (one if graph.batch is None else jax.vmap(one))(hidden, target)

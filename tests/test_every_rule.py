@@ -118,7 +118,7 @@ COSINES: dict[str, dict[str, float]] = {
         "EProp adaptive": -0.214,
         "OSTL": 0.629,
         "OTTT": 0.610,
-        "OTPE": 0.750,
+        "OTPE": 0.630,
         "Immediate": 0.312,
         "RFLO": -0.224,
         "ThreeFactor": -0.325,

@@ -35,6 +35,8 @@ class RelationJacobian:
     - `operands`: the values of the operands of the use, the weight among them.
     - `gain`: for a rule that `filters`, per exit of the group and slot the derivative
       of the exit, a vector over units; None for an exit that is not of this group.
+    - `slope`: for a rule with an `average`, per exit of the group its derivative by y,
+      of the shape of y, where this is the last y on the way to the unit.
     """
 
     transition: Sequence[Sequence[Shaped[Array, "..."] | None]]
@@ -42,6 +44,7 @@ class RelationJacobian:
     direct: Sequence[Shaped[Array, "..."] | None]
     operands: tuple[Any, ...]
     gain: Sequence[Sequence[Shaped[Array, "..."]] | None] = ()
+    slope: Sequence[Shaped[Array, "..."]] = ()
 
 
 def with_operands(

@@ -13,6 +13,7 @@ from .._decision import Decision
 from .._errors import CompileError
 from .._relation import Relation
 from .._signals import Bootstrapped, Signal, Symmetric
+from .._stage import is_below
 from ._base import LocalRule, RelationJacobian
 from ._weights import Weights
 from ._window import Window
@@ -299,5 +300,4 @@ class ByWeight(Composite):
 def _fits(key: Key, path: str, shape: tuple[int, ...]) -> bool:
     if not isinstance(key, str):
         return bool(key(path, shape))
-    rest = path.removeprefix(key)
-    return path.startswith(key) and (not rest or rest[0] in ".[")
+    return is_below(path, key)

@@ -1,4 +1,6 @@
-"""The kappa filter: eligibility traces smoothed over time, as a leaky readout is."""
+"""The kappa filter: eligibility traces smoothed over time, as a leaky readout is.
+
+And, with it, the running average by which OTPE passes a signal from layer to layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,16 +14,23 @@ from jaxtyping import Array, PyTree, Shaped
 from .._custom_types import Scope
 from .._op_rules import cast
 from .._relation import Relation
-from .._signals import Signal
+from .._signals import Signal, Symmetric
 from ._base import LocalRule, RelationJacobian, with_operands
 from ._drtrl import DRTRL
 
 
 class FilteredTrace(NamedTuple):
-    """The trace of `Kappa`: that of the rule, and per exit the filtered eligibility."""
+    """The trace of `Kappa`.
+
+    - `inner`: that of the rule.
+    - `filtered`: per exit of the group the filtered eligibility.
+    - `average`: per exit the running average of its derivative by y, and the weight of
+      all steps in it; () where the signal takes the derivative of the step.
+    """
 
     inner: PyTree
     filtered: tuple[Shaped[Array, "..."], ...]
+    average: tuple[tuple[Shaped[Array, "..."], ...], Shaped[Array, "..."]] | tuple[()]
 
 
 class Kappa(LocalRule):
@@ -43,6 +52,12 @@ class Kappa(LocalRule):
     - `decay`: $\kappa$, at least 0 and below 1.
     - `normalised`: whether to take $\kappa \bar e + (1 - \kappa) e$, for a readout
       that averages.
+    - `average`: how the exact signal gets from a hidden layer to the one below, where a
+      step computes both: through the derivative of an exit by what arrives at its unit,
+      $g^t = \partial z^t / \partial y^t$, or, if true, through its running average
+      $\bar g^t = \sum_k \kappa^k g^{t-k} / \sum_k \kappa^k$: a spike that the unit
+      below sends now acts on those that come later, too. What the loss reads of a unit
+      directly comes by the derivative of the step in any case.
 
     The filter is part of the trace: `eqx_etrace.evolve` moves it, too. It needs
     single-step credit, takes steps one by one, and twice the memory of a trace.
@@ -64,14 +79,22 @@ class Kappa(LocalRule):
     rule: DRTRL
     decay: float = eqx.field(static=True)
     normalised: bool = eqx.field(static=True)
+    average: bool = eqx.field(static=True)
 
-    def __init__(self, rule: LocalRule, decay: float, normalised: bool = False):
+    def __init__(
+        self,
+        rule: LocalRule,
+        decay: float,
+        normalised: bool = False,
+        average: bool = False,
+    ):
         if not isinstance(rule, DRTRL):
             raise TypeError(
                 f"rule: got {rule!r}, expected a DRTRL: the filter needs a trace per "
                 "weight. For vectors alone, ESDRTRL((a_x, a_f)) filters the input."
             )
         self.rule, self.decay, self.normalised = rule, decay, normalised
+        self.average = average
 
     def __check_init__(self) -> None:
         number = isinstance(self.decay, float | int) and not isinstance(
@@ -81,6 +104,12 @@ class Kappa(LocalRule):
             raise ValueError(
                 f"decay: got {self.decay!r}, expected a number of at least 0 and below "
                 "1. Take the decay of the readout."
+            )
+        if self.average and not isinstance(self.signal, Symmetric):
+            raise ValueError(
+                f"average: got True with the signal {type(self.signal).__name__}, "
+                "expected Symmetric(): any other comes to each unit directly, and "
+                "passes through none. Leave it out."
             )
 
     @property
@@ -104,23 +133,30 @@ class Kappa(LocalRule):
         return self.rule.signal
 
     def with_signal(self, signal: Signal) -> "Kappa":
-        """The same with another signal."""
+        """The same with another signal; one that is not exact has no average."""
         rule = dataclasses.replace(self.rule, signal=signal)
-        return Kappa(rule, self.decay, self.normalised)
+        average = self.average and isinstance(signal, Symmetric)
+        return Kappa(rule, self.decay, self.normalised, average)
 
     def init(self, relation: Relation) -> FilteredTrace:
-        """Zeros; one filtered array per exit of the relation's group."""
+        """Zeros; one filtered array, and one average, per exit of the group."""
         dtype = self.rule.stored(relation.trace_dtypes[0])
         zero = jnp.zeros(relation.trace_shape, dtype)
         filtered = tuple(zero for _ in range(relation.exits))
-        return FilteredTrace(self.rule.init(relation), filtered)
+        average = ()
+        if relation.passes:
+            real = jnp.finfo(dtype).dtype
+            slope = jnp.zeros(relation.y_shape, real)
+            average = (slope,) * relation.exits, jnp.zeros((), real)
+        return FilteredTrace(self.rule.init(relation), filtered, average)
 
     def update(
         self, relation: Relation, trace: FilteredTrace, jacobian: RelationJacobian
     ) -> FilteredTrace:
         """One step of the rule and of the filter, for one sample."""
         inner = self.rule.update(relation, trace.inner, jacobian)
-        return FilteredTrace(inner, self._filtered(relation, inner, trace, jacobian))
+        filtered = self._filtered(relation, inner, trace, jacobian)
+        return FilteredTrace(inner, filtered, self._averaged(trace, jacobian.slope))
 
     def update_all(
         self,
@@ -140,8 +176,22 @@ class Kappa(LocalRule):
         if batch is not None:
             axes = tuple(0 if moves else None for moves in stacked)
             one = jax.vmap(one, in_axes=(0, 0, 0, axes))
-        found = one(inner, trace, jacobian.gain, jacobian.operands)
-        return FilteredTrace(inner, found)
+        filtered = one(inner, trace, jacobian.gain, jacobian.operands)
+        average = self._averaged
+        if batch is not None:
+            average = jax.vmap(average)
+        return FilteredTrace(inner, filtered, average(trace, jacobian.slope))
+
+    def _averaged(self, trace: FilteredTrace, slope: Sequence[Any]) -> Any:
+        if not trace.average:
+            return ()
+        averages, weight = trace.average
+        weight = self.decay * weight
+        old = weight / (weight + 1)
+        return tuple(
+            old * average + (1 - old) * cast(now, average.dtype)
+            for average, now in zip(averages, slope, strict=True)
+        ), weight + 1
 
     def _filtered(
         self,

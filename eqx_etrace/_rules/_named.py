@@ -225,16 +225,17 @@ def OTPE(decay: float, signal: Signal | None = None) -> Kappa:  # noqa: N802
 
     With the derivative $R^t$ of a unit's spike by its weights, through the unit's own
     past, $\hat R^t = \lambda \hat R^{t-1} + R^t$ estimates how that spike acts on a
-    leaky integrator that follows; the gradient is $L^t \hat R^t$. Between two hidden
-    layers the signal passes the derivative of this step, where the paper takes its
-    running average.
+    leaky integrator that follows; the gradient is $L^t \hat R^t$. Through a hidden
+    layer the signal passes by the running average of its derivatives, see `average`
+    of `eqx_etrace.Kappa`.
 
     **Arguments:**
 
     - `decay`: $\lambda$, the leak of what follows, at least 0 and below 1.
-    - `signal`: None is the derivative of the loss.
+    - `signal`: None is the derivative of the loss. Another one comes to every layer
+      directly, and needs no average.
 
-    **Returns:** `Kappa(DRTRL(), decay)`.
+    **Returns:** `Kappa(DRTRL(), decay, average=True)`.
 
     **Source:** Summe, Schaefer and Joshi, *Estimating post-synaptic effects for online
     training of feed-forward SNNs*, 2023 (arXiv:2311.16151).
@@ -245,7 +246,8 @@ def OTPE(decay: float, signal: Signal | None = None) -> Kappa:  # noqa: N802
         graph = eqx_etrace.compile(net, state, x, eqx_etrace.OTPE(0.9))
         ```
     """
-    return Kappa(DRTRL(signal=_or_exact(signal)), decay)
+    rule = DRTRL(signal=_or_exact(signal))
+    return Kappa(rule, decay, average=isinstance(rule.signal, Symmetric))
 
 
 def _or_exact(signal: Signal | None) -> Signal:
