@@ -9,7 +9,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 with install_import_hook("eqx_etrace", "beartype.beartype"):
-    import eqx_etrace  # noqa: F401 imported for the hook to take effect
+    import eqx_etrace.nn
+    import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect
 
 
 def pytest_addoption(parser):

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import eqx_etrace
+from eqx_etrace import nn, tasks
 
 
 # What the examples take for granted: a model, its graph and one sample of data.
@@ -17,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import eqx_etrace
+from eqx_etrace import nn, tasks
 
 class Net(eqx.Module):
     cell: eqx.nn.GRUCell
@@ -36,20 +38,30 @@ loss_fn = lambda out, target: jnp.sum((out - target) ** 2)
 """
 
 
+DATA = {"tasks.japanese_vowels", "tasks.gun_point", "tasks.basic_motions"}
+MODULES = {"": eqx_etrace, "nn.": nn, "tasks.": tasks}
+
+
 def _documented():
     """Public names, and the public methods of public classes, with their docstring."""
-    for name, thing in sorted(vars(eqx_etrace).items()):
-        if name.startswith("_") or inspect.ismodule(thing):
-            continue
-        yield name, thing
-        if inspect.isclass(thing) and thing.__module__.startswith("eqx_etrace"):
-            for method, function in sorted(vars(thing).items()):
-                if not method.startswith("_") and callable(function):
-                    yield f"{name}.{method}", function
+    for prefix, module in MODULES.items():
+        for name, thing in sorted(vars(module).items()):
+            if name.startswith("_") or inspect.ismodule(thing):
+                continue
+            yield prefix + name, thing
+            if inspect.isclass(thing) and thing.__module__.startswith("eqx_etrace"):
+                for method, function in sorted(vars(thing).items()):
+                    if not method.startswith("_") and callable(function):
+                        yield f"{prefix}{name}.{method}", function
 
 
 THINGS = dict(_documented())
-NAMES = [name for name in THINGS if "." not in name]
+NAMES = [
+    prefix + name
+    for prefix, module in MODULES.items()
+    for name in vars(module)
+    if prefix + name in THINGS
+]
 
 
 def _examples(thing):
@@ -62,12 +74,17 @@ EXAMPLES = {
     f"{name}-{i}": example
     for name, thing in THINGS.items()
     for i, example in enumerate(_examples(thing))
+    if name not in DATA
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_public_names_have_an_example(name):
-    assert _examples(THINGS[name]), f"{name} has no example in its docstring"
+    thing = THINGS[name]
+    if inspect.isclass(thing) and issubclass(thing, tuple):
+        assert inspect.getdoc(thing), f"{name} has no docstring"
+    else:
+        assert _examples(thing), f"{name} has no example in its docstring"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,12 +1,7 @@
-"""Annotations of the optional part are checked, too, while the tests run."""
+"""The modules of `nn` are small: most of the time of their tests is compilation."""
 
 import jax
 import pytest
-from jaxtyping import install_import_hook
-
-
-with install_import_hook("eqx_etrace.nn", "beartype.beartype"):
-    import eqx_etrace.nn  # noqa: F401 imported for the hook to take effect
 
 
 @pytest.fixture(autouse=True)
