@@ -1,5 +1,10 @@
 """Online learning of recurrent and spiking networks with eligibility traces."""
 
+from ._compare import (
+    Alignment as Alignment,
+    GradientReport as GradientReport,
+    compare_gradients as compare_gradients,
+)
 from ._compile import compile as compile
 from ._decision import Decision as Decision, Kind as Kind
 from ._drive import grad as grad, value_and_grad as value_and_grad

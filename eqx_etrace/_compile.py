@@ -41,7 +41,7 @@ from ._exits import (
     passing,
     with_learned,
 )
-from ._graph import ETraceGraph
+from ._graph import ETraceGraph, Options
 from ._group import HiddenGroup
 from ._hidden import Hidden, find_hidden, params_of
 from ._invariant import with_facts
@@ -310,6 +310,7 @@ def compile(
         rule,
         chosen,
         (*decide(analysis), *rewritten, *bypasses),
+        Options(call, max_unroll, max_slots, tuple(op_rules.items())),
     )
     if isinstance(rule, GlobalRule):
         bound = rule.bound(
@@ -401,6 +402,7 @@ def _assemble(
     rule: LocalRule | GlobalRule,
     vjp: str,
     decisions: tuple[Decision, ...],
+    options: Options,
 ) -> ETraceGraph:
     body = _body(program)
     read = {ref for equation in body for ref in equation.values}
@@ -435,4 +437,5 @@ def _assemble(
         weights=weights,
         prepared=prepared,
         saved=tuple(sorted(saved)),
+        options=options,
     )

@@ -1,6 +1,7 @@
 """`ETraceGraph`: what the compiler knows about one time step of a model."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -18,6 +19,15 @@ from ._report import Report, explain, report
 from ._rules import GlobalRule, LocalRule
 from ._stage import Frozen, Leaves
 from ._structure import same_structure
+
+
+class Options(NamedTuple):
+    """Arguments of `compile`, hashable."""
+
+    call: Callable[..., Any] | None
+    max_unroll: int
+    max_slots: int
+    op_rules: tuple[tuple[Any, Any], ...]
 
 
 class ETraceGraph(eqx.Module):
@@ -77,6 +87,8 @@ class ETraceGraph(eqx.Module):
     """Where signals come in that are not the derivative by the state."""
     learned: tuple[int, ...] = eqx.field(static=True, default=())
     """The params, among `weights`, that the learning signal is made with."""
+    options: Options | None = eqx.field(static=True, default=None)
+    """What else `compile` was told, to compile the model again."""
 
     def params(self, model: Any) -> PyTree:
         """The trainable part of `model`, which must have the structure compiled.

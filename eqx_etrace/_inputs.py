@@ -68,7 +68,7 @@ def _is_wrapped(node: Any) -> bool:
     return isinstance(node, SingleStepData | MultiStepData)
 
 
-def _unwrap(xs: PyTree) -> tuple[PyTree, list[bool]]:
+def unwrap(xs: PyTree) -> tuple[PyTree, list[bool]]:
     """The plain pytree, and per leaf whether it moves."""
 
     def value(node: Any) -> Any:
@@ -87,7 +87,7 @@ def read_inputs(graph: ETraceGraph, xs: PyTree, *others: tuple[str, PyTree]) -> 
 
     **Raises:** `ValueError` that names the first leaf that does not fit.
     """
-    plain, moving = _unwrap(xs)
+    plain, moving = unwrap(xs)
     steps = None
     for (path, leaf), moves in zip(named_leaves("xs", plain), moving, strict=True):
         if moves and steps is None:

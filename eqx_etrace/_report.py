@@ -22,14 +22,14 @@ class Report(str):
         return str(self)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
         padded = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
         lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
     return ["  " + line for line in lines]
 
 
@@ -50,7 +50,7 @@ def _weights(graph: "ETraceGraph") -> list[str]:
         rows += [(path, _shape(spec.shape), *row) for row in _credits(graph, path)]
     if not isinstance(graph.rule, Composite) or len(graph.rule.rules) == 1:
         header, *rows = ((*row[:4], *row[5:]) for row in (header, *rows))
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
@@ -80,7 +80,7 @@ def _groups(graph: "ETraceGraph") -> list[str]:
         (str(number), f"{g.units} x {g.slots}", ", ".join(g.leaves))
         for number, g in enumerate(graph.groups)
     ]
-    return _table(("group", "units x slots", "state leaves"), rows)
+    return table(("group", "units x slots", "state leaves"), rows)
 
 
 def _list(title: str, decisions: Sequence[Decision]) -> list[str]:

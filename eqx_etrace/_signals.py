@@ -94,6 +94,18 @@ def _drawn(key: PRNGKeyArray, number: int, at: Exit, width: int, scale: Any) -> 
     return jnp.asarray(scale, dtype) * drawn
 
 
+def _all_drawn(signal: Any, exits: Sequence[Exit], width: int) -> tuple[Any, ...]:
+    """A random matrix for each exit; those that are there already, if they fit: another
+    precision is no other network."""
+    shapes = [(at.size, width) for at in exits]
+    if [matrix.shape for matrix in signal.matrices or ()] == shapes:
+        return signal.matrices
+    return tuple(
+        _drawn(signal.key, number, at, width, signal.scale)
+        for number, at in enumerate(exits)
+    )
+
+
 def _projected(matrix: Any, at: Exit, vector: Any) -> Any:
     found = matrix @ vector.astype(matrix.dtype)
     return found.reshape(at.shape).astype(at.dtype)
@@ -142,11 +154,8 @@ class RandomFeedback(Signal):
 
     def bound(self, exits: Sequence[Exit], errors: int) -> "RandomFeedback":
         """With its matrices."""
-        drawn = tuple(
-            _drawn(self.key, number, at, errors, self.scale)
-            for number, at in enumerate(exits)
-        )
-        return dataclasses.replace(self, matrices=drawn)
+        matrices = _all_drawn(self, exits, errors)
+        return dataclasses.replace(self, matrices=matrices)
 
     def at_exit(
         self, number: int, at: Exit, error: Shaped[Array, " errors"], given: Any
@@ -202,11 +211,8 @@ class TargetProjection(Signal):
     def bound(self, exits: Sequence[Exit], errors: int) -> "TargetProjection":
         """With its matrices."""
         del errors
-        drawn = tuple(
-            _drawn(self.key, number, at, self.size, self.scale)
-            for number, at in enumerate(exits)
-        )
-        return dataclasses.replace(self, matrices=drawn)
+        matrices = _all_drawn(self, exits, self.size)
+        return dataclasses.replace(self, matrices=matrices)
 
     def at_exit(
         self, number: int, at: Exit, error: Shaped[Array, " errors"], given: Any

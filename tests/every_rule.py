@@ -134,7 +134,7 @@ RULES = {
 }
 
 
-def _with_extras(name, problem):
+def with_extras(name, problem):
     """The network with feedback weights or a synthesiser, where the rule wants them."""
     net, state = problem.net, problem.state
     if name == "EProp adaptive":
@@ -153,7 +153,7 @@ def measure(net, name) -> tuple[float, float, float]:
     problem = Problem(*NETS[net]())
     model = problem.net
     if name in ("EProp adaptive", "DNI"):
-        model = _with_extras(name, problem)
+        model = with_extras(name, problem)
     graph = etrace.compile(model, problem.state, problem.xs[0], RULES[name]())
     params = graph.params(model)
     signal = None

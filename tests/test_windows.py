@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 from windows import (
+    OneStepLate,
     assert_same,
     by_steps,
     chain,
@@ -117,6 +118,24 @@ def test_windows_of_every_length(slots, length):
 )
 def test_windows_of_every_rule(rule, length):
     _check_window(2, rule, length)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_group_that_nothing_moves_and_nobody_hears(rule):
+    rng = np.random.default_rng(0)
+    w, u, xs, ts = (
+        jnp.asarray(rng.normal(size=shape))
+        for shape in ((3, 2), (3, 3), (9, 2), (9, 3))
+    )
+    net, state = OneStepLate(w, u), (jnp.zeros(3), jnp.zeros(3))
+    graph = etrace.compile(net, state, xs[0], RULES[rule], vjp="single-step")
+    args = graph.params(net), state, None, xs, ts
+    fused = etrace.value_and_grad(graph, squares, window=4)
+    got, expected = quick_jit(lambda *a: (fused(*a), by_steps(graph, squares, *a)))(
+        *args
+    )
+    assert_same(got[:3], expected[:3])
+    assert np.abs(got[1].second).max() > 0
 
 
 @pytest.mark.parametrize("length", [7, T])

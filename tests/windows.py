@@ -139,6 +139,20 @@ def of_models(name, rule, steps, batch=None, dtype="float64", vjp: Any = "auto")
     return graph, graph.params(model), state, xs, ts
 
 
+class OneStepLate(eqx.Module):
+    """What the first layer makes is read by the second in the next step alone, and
+    nothing of its own Jacobian changes from step to step."""
+
+    first: jax.Array
+    second: jax.Array
+    unused: jax.Array = eqx.field(default_factory=lambda: jnp.ones(2))
+
+    def __call__(self, x, state) -> tuple[jax.Array, Any]:
+        g, h = state
+        h = 0.9 * h + self.second @ jnp.tanh(g)
+        return h, (0.5 * g + self.first @ x, h)
+
+
 # A unit with as many state variables as one likes.
 
 

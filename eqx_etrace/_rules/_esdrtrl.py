@@ -303,7 +303,8 @@ def _scanned(
 
         return window.per_sample(one, 0)(trace, parts, signal)
 
-    return jax.lax.scan(advance, old, (window.parts, window.reset, signal))
+    steps = window.parts, window.reset, signal
+    return jax.lax.scan(advance, old, steps, length=window.group.steps)
 
 
 def _renew(where: Any, new: Any, old: Any) -> Any:

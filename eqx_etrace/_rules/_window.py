@@ -101,7 +101,7 @@ class GroupWindow:
         if self.later is not None:
             zero = {s: self.later[s].astype(v.dtype) for s, v in zero.items()}
         steps = self.signal, self._moving
-        first, mu = jax.lax.scan(back, zero, steps, reverse=True)
+        first, mu = jax.lax.scan(back, zero, steps, length=self.steps, reverse=True)
         return mu, [first.get(s) for s in slots]
 
     @ft.cached_property
