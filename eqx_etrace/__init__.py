@@ -22,6 +22,7 @@ from ._inspect import (
     learning_signal as learning_signal,
 )
 from ._learn import learn as learn
+from ._monitor import Monitor as Monitor, monitor as monitor
 from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._relation import Relation as Relation
 from ._rules import (

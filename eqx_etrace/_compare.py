@@ -159,25 +159,22 @@ def compare_gradients(
         )
     if float64:
         with jax.enable_x64(True):
-            data = _doubled((params, state, xs, targets, options))
-            graph = _compiled_again(graph, *data[:3])
-            *data, options = data
-            return _compared(graph, *data, loss_fn, against, window, options)
-    args = params, state, xs, targets
-    return _compared(graph, *args, loss_fn, against, window, options)
+            data = _doubled((params, state, xs, targets))
+            graph, options = _compiled_again(graph, *data[:3]), _doubled(options)
+            return _compared(graph, data, loss_fn, against, window, options)
+    data = params, state, xs, targets
+    return _compared(graph, data, loss_fn, against, window, options)
 
 
 def _compared(
     graph: ETraceGraph,
-    params: PyTree,
-    state: PyTree,
-    xs: PyTree,
-    targets: PyTree,
+    data: tuple[PyTree, PyTree, PyTree, PyTree],
     loss_fn: Callable[..., Any],
     against: str,
     window: int | None,
     options: dict[str, Any],
 ) -> GradientReport:
+    params, state, xs, targets = data
     steps = read_inputs(graph, xs, ("targets", targets)).steps
     if window is None and graph.vjp == "multi-step":
         window = max(1, min(HORIZON, steps // 4))
@@ -215,7 +212,7 @@ def _compared(
 
 def _vector(leaf: Any) -> Any:
     """All real numbers of a leaf, in double precision."""
-    array = np.asarray(leaf).reshape(-1)
+    array: Any = np.asarray(leaf).reshape(-1)
     parts = [array.real, array.imag] if np.iscomplexobj(array) else [array]
     return np.concatenate(parts).astype(np.float64)
 

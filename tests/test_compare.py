@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -89,7 +90,14 @@ def test_a_window_leaves_something_to_the_trace():
     net, state = case.make(keys[0])
     xs, ts = sequence(keys[1], case, 16)
     graph = etrace.compile(net, state, xs[0], vjp="multi-step")
-    args = graph, graph.params(net), random_state(keys[2], state), xs, ts, squares
+    args: Any = (
+        graph,
+        graph.params(net),
+        random_state(keys[2], state),
+        xs,
+        ts,
+        squares,
+    )
     picked = etrace.compare_gradients(*args)
     assert picked.window == 4
     assert picked.total.cosine < 0.9999
@@ -134,7 +142,7 @@ def test_every_rule_is_compared(name):
     if learns:
         net = with_extras(name, Problem(net, state, xs, ts))
     graph = etrace.compile(net, state, xs[0], RULES[name]())
-    args = graph.params(net), state, xs, ts, squares
+    args: Any = graph.params(net), state, xs, ts, squares
     options = {"signal": jnp.ones(6)} if name == "ThreeFactor" else {}
     report = etrace.compare_gradients(graph, *args, window=3, **options)
     assert math.isfinite(report.total.cosine)
@@ -147,4 +155,4 @@ def test_every_rule_is_compared(name):
 def test_what_is_no_exact_gradient_is_refused():
     graph, *args = of_models("gru", etrace.DRTRL(), 12)
     with pytest.raises(ValueError, match="expected 'bptt' or 'rtrl'"):
-        etrace.compare_gradients(graph, *args, squares, against="bp")
+        etrace.compare_gradients(graph, *args, squares, against="bp")  # pyright: ignore
