@@ -233,9 +233,7 @@ def sequence(
         new = jtu.tree_map(jnp.zeros_like, state) if initial is None else initial
         initial = read_state(graph, params, new)[1]
     setting = Setting(graph, weights, prepared, inputs.moving, inputs.steps, initial)
-    length = window or pick_window(setting, inputs, rest)
-    if not graph.rule.windowed and graph.vjp == "single-step":
-        length = 1  # The rule has no other form of the same gradient.
+    length = window_length(graph, window)
     result, carry = _windows(
         setting, objective, length, Carry(start, trace, []), inputs, rest
     )
@@ -353,9 +351,15 @@ def renewed(
     return renew(initial, state, reset), renew_trace(zero, trace, reset)
 
 
-def pick_window(setting: Setting, inputs: Inputs, rest: Sequence) -> int:
+def window_length(graph: ETraceGraph, window: int | None) -> int:
+    """How many steps a window has where this was asked for."""
+    if not graph.rule.windowed and graph.vjp == "single-step":
+        return 1  # The rule has no other form of the same gradient.
+    return window or pick_window(graph)
+
+
+def pick_window(graph: ETraceGraph) -> int:
     """A power of two of steps whose vectors take about the memory of the trace."""
-    graph = setting.graph
     if graph.vjp == "multi-step":
         return HORIZON
     avals = [graph.program.avals[ref] for ref in graph.saved]

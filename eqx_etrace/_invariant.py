@@ -168,7 +168,8 @@ class _Numbers:
         self.numbers: dict[int, Labels] = {}
         for ref, value in constants.items():
             self.numbers[ref] = self.of_array(value)
-        for ref in program.inputs:
+        read = {ref for equation in program.equations for ref in equation.values}
+        for ref in read.union(program.outputs).intersection(program.inputs):
             self.numbers[ref] = self.distinct(program.avals[ref].size)
 
     def run(self) -> dict[int, Labels]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from catalogue_case import one_in
 from every_rule import NETS, RULES, Problem, with_extras
 from models import random_state
 from oracles import quick_jit
@@ -91,7 +92,7 @@ def test_the_spectral_radius(slots):
     np.testing.assert_allclose(spectral_radius(jnp.asarray(decays)), 0.9, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", RULES)
+@one_in(4, RULES)
 def test_every_rule_is_watched(name):
     net, state, xs, ts = NETS["lif"]()
     if name in ("EProp adaptive", "DNI"):

@@ -1,6 +1,7 @@
 """ES-D-RTRL: the trace as a product of a filtered dy/dw and a filtered dh/dy."""
 
 import functools as ft
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -275,9 +276,10 @@ class ESDRTRL(LocalRule):
         age = np.arange(steps)
         powers = jnp.asarray(self.decays[0] ** (age + 1.0), old.dtype)
         powers = powers.reshape(-1, *(1 for _ in old.shape))
-        if not moving:
+        if not any(map(operator.and_, relation.reads, window.stacked)):
             found = jnp.asarray(np.cumsum(self.decays[0] ** age), old.dtype)
-            found = found.reshape(powers.shape) * derivative(())
+            first = [operand[(0,) * window.lead] for operand in moving]
+            found = found.reshape(powers.shape) * derivative(first)
         else:
             mixing = np.tril(self.decays[0] ** np.maximum(age[:, None] - age, 0))
             for _ in range(window.lead):
