@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ._exits import Exits, inexact_outputs
 from ._graph import ETraceGraph
+from ._jacobian import with_context
 from ._jaxpr import evaluate
 from ._locality import Edge
 from ._readout import changed_state
@@ -200,7 +201,8 @@ def slopes(
     for group, rows in zip(graph.groups, gain, strict=True):
         old = [state[graph.hidden.leaves[leaf]] for leaf in group.own]
         start = [_zeros(graph, ref) for ref in group.uses]
-        _, pull = jax.vjp(ft.partial(group.local_step, env, old), start)
+        now = with_context(graph, group, env)
+        _, pull = jax.vjp(ft.partial(group.local_step, now, old), start)
         found = []
         for row in rows:
             if row is not None:

@@ -1,8 +1,4 @@
-"""The plain steps of a window, and the values that its derivatives read.
-
-Of these a scan saves as few as it can: what is moved or computed cheaply from others is
-done again for all steps at once, when it is read.
-"""
+"""The plain steps of a window, and the values that its derivatives read."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,19 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import primitives as prims
 from jaxtyping import PyTree
 
 from ._graph import ETraceGraph
 from ._jacobian import run, shared_env
-from ._jaxpr import (
-    Equation,
-    evaluate,
-    is_elementwise,
-    is_structural,
-    literal,
-    live,
-)
+from ._jaxpr import Equation, evaluate, live
+from ._saving import Plan, is_light
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,79 +31,6 @@ class Setting:
     @property
     def env(self) -> dict[int, Any]:
         return shared_env(self.graph, self.weights, self.prepared)
-
-
-class Plan(NamedTuple):
-    """How the values that are read come about."""
-
-    save: tuple[int, ...]
-    """Those that the scan over the steps saves."""
-    equations: tuple[Equation, ...]
-    """What is run again."""
-    read: tuple[int, ...]
-
-
-# What costs more to compute than to save.
-_COSTLY = frozenset(
-    getattr(prims, f"{name}_p")
-    for name in (
-        "tanh", "logistic", "exp", "exp2", "expm1", "log", "log1p", "erf", "erfc",
-        "erf_inv", "sin", "cos", "tan", "pow", "lgamma", "digamma", "cbrt",
-    )
-    if hasattr(prims, f"{name}_p")
-)  # fmt: skip
-
-
-def plan(graph: ETraceGraph, read: Sequence[int]) -> Plan:
-    """Decide which of the values to save."""
-    program, first = graph.program, graph.param_leaves.count
-    states = program.inputs[first : first + graph.state_leaves.parts.count]
-    free = set(program.inputs) - set(states) | set(program.constants)
-    free |= {*graph.weights, *graph.prepared}
-    makers = {ref: e for e in graph.body for ref in e.outputs}
-    save = {ref for ref in read if ref not in free}
-    for ref in sorted(save, reverse=True):
-        if _found(program.avals, makers, ref, free | save - {ref}) is not None:
-            save.remove(ref)
-    again: dict[int, Equation] = {}
-    for ref in read:
-        if ref not in free | save:
-            found = _found(program.avals, makers, ref, free | save) or {}
-            again |= found
-    equations = tuple(again[index] for index in sorted(again))
-    return Plan(tuple(sorted(save)), equations, tuple(read))
-
-
-def _found(
-    avals: Any, makers: dict[int, Equation], ref: int, known: set[int]
-) -> dict[int, Equation] | None:
-    """The cheap equations that make a value from known ones, None if there are none."""
-    equation = makers.get(ref)
-    if equation is None or not _is_cheap(equation, avals):
-        return None
-    found = {equation.index: equation}
-    for other in equation.values:
-        if other not in known:
-            more = _found(avals, makers, other, known)
-            if more is None:
-                return None
-            found |= more
-    return found
-
-
-def _is_cheap(equation: Equation, avals: Any) -> bool:
-    if equation.effectful or equation.primitive in _COSTLY:
-        return False
-    return _is_light(equation, avals)
-
-
-def _is_light(equation: Equation, avals: Any) -> bool:
-    """Whether elements are moved or computed one by one."""
-
-    def known(ref: Any) -> Any:
-        return None if isinstance(ref, int) else literal(ref)
-
-    return is_elementwise(equation, avals) or is_structural(equation, known)
 
 
 class Forward(NamedTuple):
@@ -225,7 +141,7 @@ def _ahead(graph: ETraceGraph, moving: Sequence[bool], save: Sequence[int]) -> _
             continue
         found.append(equation)
         moved.update(equation.outputs)
-        if not _is_light(equation, avals):
+        if not is_light(equation, avals):
             large.update(equation.outputs)
     kept = live(found, large)
     written = {ref for equation in kept for ref in equation.outputs}

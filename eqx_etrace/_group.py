@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from ._errors import describe, dtype_of, is_array_like, sentence
 from ._jaxpr import Aval, Equation, evaluate
+from ._known import tap_known
 from ._locality import Edge
 from ._loop import Loop
 from ._own import own_product
@@ -344,8 +345,8 @@ class HiddenGroup(eqx.Module):
         the derivatives are the direct ones. `env` holds weights, constants, context.
         What is read through a cut edge does not move, or is `held` at another value.
         """
-        pairs = zip(self.uses, at_use, strict=True) if at_use else ()
-        tap = {ref: _add(change) for ref, change in pairs}
+        made, through = tap_known(self.equations, env) if held is None else ({}, {})
+        tap = self._added(at_use, made)
         start = dict(env) | dict(zip(self.old, old, strict=True))
         for ref in self.context:
             if ref in tap:
@@ -353,7 +354,7 @@ class HiddenGroup(eqx.Module):
         edge = self._cut_edges(held)
         for key, door in self.at_doors if at_door else ():
             edge[key] = _read_door(at_door[door], edge.get(key))
-        through = self._replaced(held)
+        through |= self._replaced(held)
         env = evaluate(self.equations, start, edge=edge, tap=tap, through=through)
         return [env[ref] for ref in self.doors]
 
@@ -361,13 +362,20 @@ class HiddenGroup(eqx.Module):
         self, env: Mapping[int, Any], old: Sequence[Any], at_use: Sequence[Any]
     ) -> list[Any]:
         """The own leaves' new state, nothing cut; where `whole` is not None."""
-        tap = {ref: _add(change) for ref, change in zip(self.uses, at_use, strict=True)}
+        whole = self.whole or ()
+        made, through = tap_known(whole, env)
+        tap = self._added(at_use, made)
         start = dict(env) | dict(zip(self.old, old, strict=True))
         for ref in self.context:
             if ref in tap:
                 start[ref] = tap[ref](start[ref])
-        env = evaluate(self.whole or (), start, tap=tap)
+        env = evaluate(whole, start, tap=tap, through=through)
         return [env[ref] for ref in self.doors]
+
+    def _added(self, at_use: Sequence[Any], made: Mapping[int, Any]) -> dict[int, Any]:
+        """Taps that add the changes to the values of the uses, known or not."""
+        pairs = zip(self.uses, at_use, strict=True) if at_use else ()
+        return dict(made) | {r: _add(change, made.get(r)) for r, change in pairs}
 
     def _cut_edges(
         self, held: Mapping[int, Any] | None
@@ -397,8 +405,8 @@ class HiddenGroup(eqx.Module):
         return f"HiddenGroup({self.units} units x {self.slots} slots: {leaves})"
 
 
-def _add(change: Any) -> Callable[[Any], Any]:
-    return lambda value: value + change
+def _add(change: Any, first: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    return lambda value: (value if first is None else first(value)) + change
 
 
 def _read_door(change: Any, then: Callable[[Any], Any] | None) -> Callable[[Any], Any]:

@@ -26,15 +26,18 @@ from ._flatten import flatten_unfolded
 from ._graph import ETraceGraph
 from ._group import HiddenGroup
 from ._jacobian import group_jacobian, shared_env
-from ._jaxpr import REDUCTIONS, Equation, Program, literal, live
+from ._jaxpr import REDUCTIONS, Equation, Origin, Program, literal, live
+from ._known import values_made
 from ._reads import ALL, NONE, Mixing, Reads
 from ._relation import Relation
 
 
 def with_facts(graph: ETraceGraph) -> ETraceGraph:
     """The graph that knows what its Jacobians are made of, and its relations which of
-    their traces are alike for all units."""
-    facts = tuple(_facts(graph, group) for group in graph.groups)
+    their traces are alike for all units. It saves what these need of a step."""
+    made = _made(graph)
+    wide = dataclasses.replace(graph, saved=tuple(sorted({*graph.saved, *made})))
+    facts = tuple(_facts(graph, wide, group) for group in graph.groups)
     relations = []
     for relation in graph.relations:
         use = graph.groups[relation.group].uses.index(relation.y)
@@ -42,7 +45,21 @@ def with_facts(graph: ETraceGraph) -> ETraceGraph:
             found = _alike(relation, facts[relation.group].alike, use)
             relation = dataclasses.replace(relation, alike=found)
         relations.append(relation)
-    return dataclasses.replace(graph, relations=tuple(relations), facts=facts)
+    saved = {ref for found in facts for ref in found.reads} - set(graph.hidden.old)
+    operands = {ref for r in relations for ref in r.equation.values}
+    saved |= operands.intersection(graph.saved)
+    if graph.exits is not None:
+        saved.update(graph.exits.context)
+    return dataclasses.replace(
+        graph, relations=tuple(relations), facts=facts, saved=tuple(sorted(saved))
+    )
+
+
+def _made(graph: ETraceGraph) -> set[int]:
+    """All values of the step that the local programs make."""
+    equations = (e for group in graph.groups for e in group.equations)
+    made = values_made(equations, graph.program.avals)
+    return {ref for ref in made if graph.program.origins[ref] is Origin.DATA}
 
 
 def _gains(relation: Relation) -> bool:
@@ -73,8 +90,47 @@ def _alike(relation: Relation, equal: Flags, use: int) -> tuple[bool, ...]:
         found = kept
 
 
-def _facts(graph: ETraceGraph, group: HiddenGroup) -> GroupFacts:
-    """Read the equations that make the Jacobian of one group."""
+def _facts(graph: ETraceGraph, wide: ETraceGraph, group: HiddenGroup) -> GroupFacts:
+    """Read the equations that make the Jacobian of one group; `wide` saves all that
+    they make, so that few of these are read."""
+    closed, treedef = _entries(graph, group)
+
+    def flags(values: Sequence[bool]) -> Flags:
+        found = jtu.tree_unflatten(treedef, values)
+        return Flags(found.transition, found.within, found.direct)
+
+    data = (*graph.saved, *graph.hidden.old)
+    try:
+        program, values = flatten_unfolded(closed, wrapped)
+    except CompileError:  # A call that the compiler cannot read: nothing is known.
+        no = flags([False] * treedef.num_leaves)
+        return GroupFacts(no, no, data, tuple(range(len(group.uses))))
+    inputs = program.inputs[len(program.inputs) - len(data) :]
+    numbers = _Numbers(program, values).run()
+    same = [bool((numbers[ref] == numbers[ref][:1]).all()) for ref in program.outputs]
+    moved = _moved(program, set(inputs))
+    fixed = [ref not in moved for ref in program.outputs]
+    names = _names(program, values)
+    outputs = [names[ref] for ref in program.outputs]
+    made = jtu.tree_unflatten(treedef, outputs).direct
+    drives = tuple(made.index(row) for row in made)
+    return GroupFacts(flags(same), flags(fixed), _reads(wide, group), drives)
+
+
+def _reads(graph: ETraceGraph, group: HiddenGroup) -> tuple[int, ...]:
+    """What of a step the Jacobian of a group reads, where all of it is known."""
+    program, _ = flatten_unfolded(_entries(graph, group)[0], wrapped)
+    data = (*graph.saved, *graph.hidden.old)
+    inputs = program.inputs[len(program.inputs) - len(data) :]
+    moved = _moved(program, set(inputs))
+    needed = {ref for ref in program.outputs if ref in moved}
+    read = {ref for e in live(program.equations, needed) for ref in e.values} | needed
+    return tuple(ref for ref, own in zip(data, inputs, strict=True) if own in read)
+
+
+def _entries(graph: ETraceGraph, group: HiddenGroup) -> tuple[Any, Any]:
+    """The equations that make the entries of the Jacobian of one group, and the
+    structure of these."""
     avals, hidden = graph.program.avals, graph.hidden
     refs = (graph.weights, graph.prepared, graph.saved)
     specs = [[_spec(avals[ref]) for ref in some] for some in refs]
@@ -92,30 +148,7 @@ def _facts(graph: ETraceGraph, group: HiddenGroup) -> GroupFacts:
         return leaves
 
     closed = jax.make_jaxpr(entries)(*specs, old)
-
-    def flags(values: Sequence[bool]) -> Flags:
-        found = jtu.tree_unflatten(shapes[0], values)
-        return Flags(found.transition, found.within, found.direct)
-
-    data = (*graph.saved, *hidden.old)
-    try:
-        program, values = flatten_unfolded(closed, wrapped)
-    except CompileError:  # A call that the compiler cannot read: nothing is known.
-        no = flags([False] * shapes[0].num_leaves)
-        return GroupFacts(no, no, data, tuple(range(len(group.uses))))
-    inputs = program.inputs[len(program.inputs) - len(data) :]
-    numbers = _Numbers(program, values).run()
-    same = [bool((numbers[ref] == numbers[ref][:1]).all()) for ref in program.outputs]
-    moved = _moved(program, set(inputs))
-    fixed = [ref not in moved for ref in program.outputs]
-    needed = {ref for ref in program.outputs if ref in moved}
-    read = {ref for e in live(program.equations, needed) for ref in e.values} | needed
-    reads = (ref for ref, own in zip(data, inputs, strict=True) if own in read)
-    names = _names(program, values)
-    outputs = [names[ref] for ref in program.outputs]
-    made = jtu.tree_unflatten(shapes[0], outputs).direct
-    drives = tuple(made.index(row) for row in made)
-    return GroupFacts(flags(same), flags(fixed), tuple(reads), drives)
+    return closed, shapes[0]
 
 
 def _moved(program: Program, data: set[int]) -> set[int]:

@@ -115,6 +115,20 @@ def _add(change: Any, cut: bool) -> Callable[[Any], Any]:
     return lambda value: value + change
 
 
+def with_context(
+    graph: ETraceGraph, group: HiddenGroup, env: Mapping[int, Any]
+) -> dict[int, Any]:
+    """With zeros for what the local program of a group reads and its derivatives, by
+    `graph.saved`, do not."""
+    avals = graph.program.avals
+    zeros = {
+        ref: jnp.zeros(avals[ref].shape, avals[ref].dtype)
+        for ref in group.context
+        if ref not in env
+    }
+    return zeros | dict(env)
+
+
 def group_jacobian(
     graph: ETraceGraph,
     group: HiddenGroup,
@@ -122,7 +136,7 @@ def group_jacobian(
     state: Sequence[Any],
 ) -> GroupJacobian:
     """D, L and df of one group, by one reverse pass per slot."""
-    avals = graph.program.avals
+    avals, env = graph.program.avals, with_context(graph, group, env)
     old = [state[graph.hidden.leaves[leaf]] for leaf in group.own]
     at_use, at_door = (
         [jnp.zeros(avals[ref].shape, avals[ref].dtype) for ref in refs]

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from ._dynamics import credit_global
-from ._forward import Forward, Setting, forward, plan, values
+from ._forward import Forward, Setting, forward, values
 from ._graph import ETraceGraph
 from ._move import move_by_steps
 from ._objective import Losses
 from ._rules import GlobalRule
+from ._saving import plan
 from ._step import init_trace
 from ._synthetic import bootstraps, synthetic, with_lesson
 from ._window import add_gradients, credit, local_reads

@@ -9,6 +9,7 @@ import jax
 from ._graph import ETraceGraph
 from ._jacobian import shared_env
 from ._jaxpr import Equation, evaluate, live
+from ._known import known
 
 
 class Readout(NamedTuple):
@@ -74,16 +75,4 @@ def changed_state(
 
 
 def _changed(value: Any, delta: Any, made: Any) -> Any:
-    return _known(value, made) + delta
-
-
-@jax.custom_jvp
-def _known(value: Any, made: Any) -> Any:
-    """`made`, of which the value is known: nothing is run for that."""
-    del made
-    return value
-
-
-@_known.defjvp
-def _known_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
+    return known(value, made) + delta

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._forward import Setting, forward, plan
+from ._forward import Setting, forward
 from ._graph import ETraceGraph
 from ._inputs import Inputs, read_inputs, window_of
 from ._jacobian import prepare
 from ._multi_step import forward_from, moved_trace, with_edge
+from ._saving import plan
 from ._stage import Frozen
 from ._step import check_trace, init_trace, merge_graph, read_state
 from ._step_credit import instantiate, is_inexact

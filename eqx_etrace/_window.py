@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from ._at_exits import feedback_gradients, heard_at_exits, to_state
 from ._forward import (
     Forward,
-    Plan,
     Setting,
     forward,
     merge,
-    plan,
     unmerge,
     values,
 )
@@ -39,6 +37,7 @@ from ._objective import Losses
 from ._readout import Readout, outputs_of, readout
 from ._relation import Relation
 from ._rules import GroupWindow, LocalRule, Window
+from ._saving import Plan, plan
 
 
 def local_reads(graph: ETraceGraph) -> list[int]:
