@@ -67,7 +67,7 @@ def monitor(
     """A few numbers about one step: traces, firing, memory, dead and saturated units.
 
     A pure function of what `eqx_etrace.step` takes. Next to that, in one jit or scan,
-    it adds little: XLA computes the step and its Jacobians once.
+    XLA computes the step and its Jacobians once.
 
     **Arguments:**
 
