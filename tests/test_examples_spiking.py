@@ -1,0 +1,34 @@
+"""The examples with spiking networks reach what they state."""
+
+import pytest
+from scripts import numbers, run
+
+
+# script, what it prints: what the short form of the online rule and of BPTT have to
+# pass, and the goal that the full form of the online rule has to reach.
+EXAMPLES = [
+    # Short: 0.85 to 0.90 and 0.86 to 0.91 (three seeds), 0.53 untrained.
+    ("delayed_match.py", "ES-D-RTRL: accuracy", (0.75, 0.75), 0.95),
+]
+EACH = pytest.mark.parametrize("script, online, short, goal", EXAMPLES)
+BPTT = r"BPTT: accuracy (\S+)"
+
+
+@pytest.mark.slow
+@EACH
+def test_short_form(script, online, short, goal):
+    del goal
+    text = run(script, "--quick")
+    (reached,) = numbers(rf"{online} (\S+)", text)
+    (exact,) = numbers(BPTT, text)
+    assert reached > short[0] and exact > short[1]
+
+
+@pytest.mark.long
+@EACH
+def test_full_form(script, online, short, goal):
+    del short
+    text = run(script)
+    (reached,) = numbers(rf"{online} (\S+)", text)
+    numbers(BPTT, text)
+    assert reached >= goal
