@@ -5,11 +5,11 @@
 Seven cues come from the left or the right. On which side were there more? The answer is
 due after a delay. It is the task of Bellec et al. 2020 in steps of 10 ms with ten times
 the spikes in each, T = 225; --quick has three cues and a delay of 300 ms, not 1050. A
-cell either excites or inhibits (Dale's law), synapses are conductances, and the threshold
-of a cell remembers its spikes for two seconds.
+cell either excites or inhibits (Dale's law), synapses are conductances, and thresholds
+remember the spikes of a cell for two seconds.
 
-Test accuracy for seeds 0, 1, 2: D-RTRL 0.98, 0.98, 0.98, BPTT 0.98, 0.97, 0.98, in 100 s
-on two cores; with --quick 0.92 to 0.98 and 0.80 to 0.91, in 30 s.
+Test accuracy for seeds 0, 1, 2: D-RTRL 0.98, 0.98, 0.98, BPTT 0.98, 0.97, 0.98, in 100
+seconds on two cores; with --quick 0.92 to 0.98 and 0.80 to 0.91, in 30.
 """
 
 import argparse
