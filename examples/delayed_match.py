@@ -25,6 +25,7 @@ from eqx_etrace import nn, tasks
 
 
 STIMULI, UNITS, BATCH = 4, 100, 64
+loss_fn = optax.softmax_cross_entropy_with_integer_labels
 # What a synapse has seen counts for long (0.98 a step); when its neuron was close to
 # its threshold, for a short time.
 RULE = etrace.ESDRTRL(decay=(0.98, 0.5))
@@ -71,10 +72,6 @@ def make_batch(key, size, delay):
     options = {"stimuli": STIMULI, "delay_steps": delay, "noise": 0.1}
     task = partial(tasks.delayed_match_to_sample, **options)
     return jax.vmap(task, out_axes=1)(jax.random.split(key, size))
-
-
-def loss_fn(out, target):
-    return optax.softmax_cross_entropy_with_integer_labels(out, target)
 
 
 def forward(net, state, xs):

@@ -27,6 +27,7 @@ from eqx_etrace import nn, tasks
 
 UNITS, CHANNELS, BATCH = 100, 40, 32
 DT = 10.0  # ms
+loss_fn = optax.softmax_cross_entropy_with_integer_labels
 
 
 class Net(eqx.Module):
@@ -71,10 +72,6 @@ def make_batch(key, size, cues, delay):
     options |= {"recall_steps": 15, "cue_rate": 0.4, "noise_rate": 0.1}
     task = partial(tasks.evidence_accumulation, **options)
     return jax.vmap(task, out_axes=1)(jax.random.split(key, size))
-
-
-def loss_fn(out, target):
-    return optax.softmax_cross_entropy_with_integer_labels(out, target)
 
 
 def forward(net, state, xs):
