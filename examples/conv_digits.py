@@ -134,7 +134,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a short form")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    epochs = 2 if args.quick else 20
+    epochs = 2 if args.quick else 10
 
     training, test = data()
     net = Net(key=jax.random.key(args.seed))
