@@ -2,11 +2,11 @@
 
     python examples/conv_digits.py
 
-An image of 8 x 8 pixels is a current for ten steps, through two layers of convolutions
-and LIF neurons. For each weight ES-D-RTRL keeps what its convolution reads and writes,
-filtered, and nothing of the steps before. Pixels have noise in training.
+An image of 8 x 8 pixels, with noise in training, is a current for ten steps. Two layers
+of LIF neurons stand behind convolutions; ES-D-RTRL filters what these read and write.
 
-RES
+Test accuracy, seeds 0, 1, 2: ES-D-RTRL 0.964, 0.972, 0.975, BPTT 0.964, 0.975, 0.975,
+in 105 seconds on two cores; with --quick both 0.91, in 35.
 """
 
 import argparse
