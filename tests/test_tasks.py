@@ -33,6 +33,13 @@ TASKS = {
         (44,),
         2,
     ),
+    "store_recall": (
+        {"periods": 10, "period_steps": 3, "channels": 2}
+        | {"probability": 0.4, "rate": 1.0},
+        (30, 8),
+        (30,),
+        2,
+    ),
     "integrator": ({"steps": 9, "channels": 2, "decay": 0.75}, (9, 2), (9, 2), None),
     "flip_flop": ({"bits": 2, "steps": 30}, (30, 2), (30, 2), None),
     "rotation": ({"steps": 20}, (20, 3), (20, 2), None),
@@ -209,6 +216,31 @@ def test_rates_of_spikes():
     assert mask.sum() == 150
 
 
+def test_store_recall():
+    inputs, targets, mask = _batch("store_recall")
+    periods = inputs.reshape(BATCH, 10, 3, 4, 2)
+    shown = periods[:, :, :1, :, :1]
+    np.testing.assert_array_equal(periods, np.broadcast_to(shown, periods.shape))
+    for sample, wanted, counts in zip(shown, targets, mask, strict=True):
+        stored, kept = False, 0
+        for number, (zero, one, store, recall) in enumerate(sample.reshape(10, 4)):
+            assert zero + one == 1 - recall
+            assert not (stored and store) and not (recall and not stored)
+            kept = one if store else kept
+            stored = (stored or bool(store)) and not recall
+            steps = slice(3 * number, 3 * number + 3)
+            assert (wanted[steps] == kept).all() and (counts[steps] == recall).all()
+        assert not stored
+    assert abs(shown[:, :8, ..., 2:, 0].sum(-1).mean() - 0.4) < 0.05
+    assert abs(shown[..., 1, 0].mean() / shown[..., :2, 0].sum(-1).mean() - 0.5) < 0.05
+
+
+def test_store_recall_rate():
+    inputs, _, _ = quick_jit(tasks.store_recall)(jax.random.key(2))
+    bits = inputs.reshape(2400, 4, 10)[:, :2]
+    assert abs(bits.mean() - 0.025) < 0.004
+
+
 def test_integrator():
     inputs, targets, mask = _batch("integrator")
     y = np.zeros((BATCH, 2))
@@ -359,6 +391,9 @@ REFUSED = [
     ("evidence_accumulation", {"bias": 1.5}, "got bias=1.5"),
     ("evidence_accumulation", {"cue_rate": -0.1}, "got cue_rate=-0.1"),
     ("evidence_accumulation", {"recall_steps": 0}, "got recall_steps=0"),
+    ("store_recall", {"periods": 1}, "got periods=1"),
+    ("store_recall", {"probability": 1.5}, "got probability=1.5"),
+    ("store_recall", {"rate": -0.1}, "got rate=-0.1"),
     ("integrator", {"decay": 1.1}, "got decay=1.1"),
     ("integrator", {"scale": 0.0}, "got scale=0.0"),
     ("flip_flop", {"probability": 2.0}, "got probability=2.0"),

@@ -21,6 +21,7 @@ from ._memory import (
     copy as copy,
     delayed_match_to_sample as delayed_match_to_sample,
     evidence_accumulation as evidence_accumulation,
+    store_recall as store_recall,
 )
 from ._series import (
     basic_motions as basic_motions,

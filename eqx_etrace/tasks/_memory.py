@@ -285,3 +285,76 @@ def evidence_accumulation(
     side = jnp.sum(right) > cues // 2
     targets = jnp.full(steps, side.astype(jnp.result_type(int)))
     return Sample(spikes.astype(dtype), targets, jnp.asarray(recall))
+
+
+def store_recall(
+    key: PRNGKeyArray,
+    *,
+    periods: int = 12,
+    period_steps: int = 200,
+    channels: int = 10,
+    probability: float = 1 / 6,
+    rate: float = 0.05,
+    dtype: Any = None,
+) -> Sample:
+    """Keep a bit of a stream from a store command to the next recall command.
+
+    Each period shows a bit. A command comes with the given `probability`: a store if
+    nothing is to be recalled, else a recall; nothing but the recall is shown in its
+    period. Every sample has at least one pair, and every store its recall: what is
+    missing comes in the last two periods. Defaults are for steps of a millisecond:
+    T = 2400.
+
+    **Arguments:**
+
+    - `key`: a key for bits, commands and spikes.
+    - `periods`: how many there are, at least 2.
+    - `period_steps`: how long each is; T = periods period_steps.
+    - `channels`: how many inputs each of the four groups has.
+    - `probability`: of a command in a period.
+    - `rate`: the probability of a spike in a step, of a group that is on.
+    - `dtype`: of the inputs; JAX's default float if None.
+
+    **Returns:** a `Sample` with inputs (T, 4 channels), spikes of the groups for a bit
+    of 0, one of 1, the store and the recall; targets (T,), the bit that was last
+    stored, 0 before the first; a mask that is true in the periods of a recall.
+
+    **Raises:** `ValueError` for another size or a number that is no probability.
+
+    **Source:** after Bellec et al., *Long short-term memory and learning-to-learn in
+    networks of spiking neurons*, NeurIPS 2018.
+
+    !!! example
+
+        ```python
+        from eqx_etrace import tasks
+
+        inputs, targets, mask = tasks.store_recall(jax.random.key(0), period_steps=20)
+        assert inputs.shape == (240, 40)
+        ```
+    """
+    where = "tasks.store_recall"
+    check_count(where, 2, periods=periods)
+    check_count(where, period_steps=period_steps, channels=channels)
+    check_share(where, probability=probability, rate=rate)
+    keys = jax.random.split(key, 3)
+    bits = jax.random.bernoulli(keys[0], shape=(periods,))
+    commands = jax.random.bernoulli(keys[1], probability, (periods,))
+
+    def body(carry: Any, drawn: Any) -> tuple[Any, Any]:
+        holds, never, kept = carry
+        bit, command, left = drawn
+        command = (command & (left > 0)) | (never & (left == 1)) | (holds & (left == 0))
+        store, recall = command & ~holds, command & holds
+        kept = jnp.where(store, bit, kept)
+        return (holds ^ command, never & ~store, kept), (store, recall, kept)
+
+    no, left = jnp.zeros((), bool), jnp.arange(periods)[::-1]
+    _, found = jax.lax.scan(body, (no, ~no, no), (bits, commands, left))
+    store, recall, kept = found
+    groups = jnp.stack([~bits & ~recall, bits & ~recall, store, recall], axis=1)
+    on = jnp.repeat(jnp.repeat(groups, channels, axis=1), period_steps, axis=0)
+    spikes = jax.random.bernoulli(keys[2], jnp.where(on, rate, 0.0))
+    targets, mask = (jnp.repeat(each, period_steps) for each in (kept, recall))
+    targets = targets.astype(jnp.result_type(int))
+    return Sample(spikes.astype(default_dtype(dtype)), targets, mask)

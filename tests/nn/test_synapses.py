@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 
+import eqx_etrace as etrace
 from eqx_etrace import nn
 
 
@@ -196,6 +197,20 @@ def test_all_may_excite_or_inhibit():
     np.testing.assert_array_equal(only.inh, np.zeros(2))
     none = nn.ExcInh(3, 2, excitatory=0, key=KEY)(x)[0]
     np.testing.assert_array_equal(none.exc, np.zeros(2))
+
+
+@pytest.mark.parametrize("excitatory", [0, 3])
+def test_all_of_one_kind_compile(excitatory):
+    inputs = nn.ExcInh(3, 2, excitatory=excitatory, key=KEY)
+    neuron = nn.COBA(nn.LIF(2), e_exc=5.0, e_inh=-1.0)
+
+    def call(model, x, state):
+        drive, _ = model[0](x)
+        return model[1](drive, state)
+
+    state = neuron.init_state()
+    graph = etrace.compile((inputs, neuron), state, jnp.ones(3), call=call)
+    assert "trace on" in str(graph.explain(weight="[0].weight.raw"))
 
 
 # Delays.
