@@ -1,5 +1,6 @@
 """Which elements act on which through many equations, as sparse boolean matrices."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,11 @@ import numpy as np
 
 from ._custom_types import Labels
 from ._jaxpr import Aval, Equation
+
+
+def flat(reads: Labels) -> Labels:
+    """(reads, elements of the output), also where one of them is zero."""
+    return reads.reshape(reads.shape[0], math.prod(reads.shape[1:]))
 
 
 def through(
@@ -42,7 +48,7 @@ def _select(array: Labels, matrix: Any, size: int) -> Any:
     if array is None:
         union = csr_matrix(matrix.sum(axis=0) > 0)
         return csr_matrix(np.ones((size, 1), bool)) @ union
-    rows = array.reshape(array.shape[0], -1)
+    rows = flat(array)
     used = rows >= 0
     where = (np.broadcast_to(np.arange(size), rows.shape)[used], rows[used])
     shape = (size, matrix.shape[0])

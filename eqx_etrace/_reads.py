@@ -44,6 +44,7 @@ from ._jaxpr import (
 )
 from ._loop import Loop
 from ._loop_reads import find_loop, loop_reads
+from ._pattern import flat
 from ._windows import window_reads
 
 
@@ -261,7 +262,7 @@ def _to_front(places: Labels, axes: tuple[int, ...]) -> Labels:
 
 def pull(labels: Labels, reads: Labels) -> Labels:
     """Labels of the operand's elements, as (reads, output elements)."""
-    rows = reads.reshape(reads.shape[0], -1)
+    rows = flat(reads)
     if not labels.size:
         return np.full(rows.shape, NONE)
     return np.where(rows >= 0, labels[rows], NONE)
@@ -271,7 +272,7 @@ def any_read(marks: Labels, reads: Labels, size: int) -> Labels:
     """Which output elements read a marked element of the operand."""
     if reads is ALL or not marks.size:
         return np.full(size, bool(marks.any()))
-    rows = reads.reshape(reads.shape[0], -1)
+    rows = flat(reads)
     return (marks[rows] & (rows >= 0)).any(axis=0)
 
 
@@ -282,7 +283,7 @@ def push(labels: Labels, reads: Labels, size: int) -> Labels:
         found = np.unique(labels[labels != NONE])
         label = NONE if found.size == 0 else found[0] if found.size == 1 else SEVERAL
         return np.full(size, label, np.int32)
-    rows = reads.reshape(reads.shape[0], -1)
+    rows = flat(reads)
     targets = np.broadcast_to(labels, rows.shape)
     used = (rows >= 0) & (targets != NONE)
     rows, targets = rows[used], targets[used]
@@ -296,7 +297,7 @@ def push_bits(bits: Labels, reads: Labels, size: int) -> Labels:
     """Union, over the output elements that read it, of each element's bits."""
     if reads is ALL:
         return np.full(size, np.bitwise_or.reduce(bits, initial=0), np.int64)
-    rows = reads.reshape(reads.shape[0], -1)
+    rows = flat(reads)
     values = np.broadcast_to(bits, rows.shape)
     used = (rows >= 0) & (values != 0)
     result = np.zeros(size, np.int64)

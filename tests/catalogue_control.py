@@ -348,6 +348,13 @@ def associative_scan_of_one_step(p, x, h, taps):
     return h, h
 
 
+@case(params={"w": (N, IN)}, state=zeros(N), oracle="bptt", units=[(N, 1)])
+def product_of_nothing(p, x, h, taps):
+    """Two kinds of inputs, of the second of which there is none."""
+    h = 0.9 * h + jnp.tanh(p["w"] @ x + p["w"][:, IN:] @ x[IN:])
+    return h, h
+
+
 @case(
     params={"w": (N, IN), "u": (N, N), "tau": around(1.0, N)},
     state=zeros(N),
