@@ -8,6 +8,15 @@ random at every step, drives it, and in the middle of the stream the spring stif
 it swings twice as fast. An LSTM hears the force alone and says at every step what the
 sensor shows, so that it has to carry a state of its own; then it is told the error, and
 its weights move. There is one stream and nothing is seen twice.
+
+Normalised squared errors (three seeds, 15 s of CPU): before the change, over the 500
+steps after it, and 30 000 steps later. Held are the weights that D-RTRL had found
+before. Truncated BPTT goes back ten steps at every step, at ten times the work.
+
+    D-RTRL       0.020 - 0.033    0.28 - 0.44    0.019 - 0.024
+    held                          1.09 - 1.33    1.08 - 1.16
+    Immediate    0.048 - 0.107    0.26 - 0.35    0.12 - 0.24
+    BPTT         0.006 - 0.010    0.17 - 0.20    0.002 - 0.003
 """
 
 import argparse
