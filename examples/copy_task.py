@@ -118,13 +118,13 @@ def main(argv=None):
     parser.add_argument("--symbols", type=int, default=4)
     parser.add_argument("--length", type=int, help="default: 5, or 2 with --quick")
     parser.add_argument("--delay", type=int, help="default: 20, or 5 with --quick")
-    parser.add_argument("--updates", type=int, help="default: 5000, 400 with --quick")
+    parser.add_argument("--updates", type=int, help="default: 5000, 600 with --quick")
     parser.add_argument("--quick", action="store_true", help="a short form")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     delay = args.delay or (5 if args.quick else 20)
     length = args.length or (2 if args.quick else 5)
-    updates = args.updates or (400 if args.quick else 5000)
+    updates = args.updates or (600 if args.quick else 5000)
     one = functools.partial(
         tasks.copy, symbols=args.symbols, length=length, delay=delay
     )
