@@ -1,8 +1,10 @@
 """The examples reach in their short form what they state."""
 
 import pytest
-from scripts import numbers, run
+from scripts import ROOT, numbers, run
 
+
+SCRIPTS = ROOT / "examples"
 
 # model, update, accuracy, cosine with BPTT before training.
 # Ten epochs give 0.89 to 0.91, cosines of 0.988 and more (three seeds).
@@ -11,6 +13,16 @@ DIGITS = [
     ("lif", "sequence", 0.85, 0.97),
     ("lif", "step", 0.85, 0.97),
 ]
+
+
+SHORT = sorted(set(SCRIPTS.glob("*.py")) - {SCRIPTS / "digits.py"})
+
+
+@pytest.mark.parametrize("script", SHORT, ids=lambda script: script.stem)
+def test_examples_are_short(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= 150
+    assert "--quick" in text and f"python examples/{script.name}" in text
 
 
 @pytest.mark.slow
