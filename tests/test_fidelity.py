@@ -2,15 +2,11 @@
 
 import itertools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from scripts import run
 
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Published as 0.70, 0.61, 0.42 and 0.43 with five seeds.
 SNAP1 = {"copy": 0.69, "adding": 0.61, "rotation": 0.41, "anbn": 0.41}
 CHEAP = ["SnAp(1)", "KFRTRL", "DRTRL(recursion=0.9)", "UORO"]
@@ -21,15 +17,7 @@ NOISY = "adding", "KFRTRL"
 def _cosines(tmp_path, *arguments):
     """(the mean over seeds, the published mean and deviation) by task and rule."""
     file = tmp_path / "found.json"
-    script = ROOT / "examples" / "benchmarks" / "fidelity.py"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments, "--json", str(file)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run("benchmarks/fidelity.py", *arguments, "--json", str(file), timeout=None)
     found = json.loads(file.read_text())
     rows: dict[tuple[str, str], list[float]] = {}
     for row in found["rows"]:

@@ -1,9 +1,6 @@
 """`plan` against what is allocated."""
 
 import json
-import subprocess
-import sys
-import textwrap
 from typing import Any
 
 import jax
@@ -12,7 +9,7 @@ import pytest
 from catalogue_case import one_in
 from every_rule import RULES, Problem, with_extras
 from models import MODELS
-from scripts import ROOT
+from scripts import run_code
 from windows import squares
 
 import eqx_etrace as etrace
@@ -128,14 +125,7 @@ BIG = """
 
 
 def test_nothing_is_allocated():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(BIG)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    params, trace, grown = map(float, done.stdout.split())
+    params, trace, grown = map(float, run_code(BIG).split())
     assert params > 200 and trace > 6000  # MB, of which nothing is there
     assert grown < 150
 

@@ -20,6 +20,7 @@ from leaky import (
 )
 from models import MODELS, random_state, sequence
 from oracles import assert_same_gradient, quick_jit
+from scripts import run_code
 from windows import assert_same, differ, local, squares
 
 import eqx_etrace as etrace
@@ -281,3 +282,29 @@ def test_the_report_counts_the_filter(batch):
         found.append(allocated)
     filtered = sum(int(np.prod(r.trace_shape)) * 8 for r in graph.relations)
     assert found[0] == found[1] + filtered * (batch or 1)
+
+
+ON_EVERY_DEVICE = """
+    import jax, jax.numpy as jnp, numpy as np
+    import eqx_etrace as etrace
+
+    def call(weights, x, h):
+        h = 0.5 * h + weights[0] @ x
+        return weights[1] @ jnp.tanh(h), h
+
+    weights = jnp.ones((6, 3)), jnp.ones((2, 6))
+    found = []
+    for device in jax.devices():
+        with jax.default_device(device):
+            signal = etrace.RandomFeedback(jax.random.key(7))
+            rule = etrace.DRTRL(signal=signal)
+            graph = etrace.compile(weights, jnp.zeros(6), jnp.zeros(3), rule, call=call)
+            (matrix,) = graph.rule.signal.matrices
+            found.append((matrix.devices(), np.asarray(matrix)))
+    assert len(found) == 2 and found[0][0] != found[1][0]
+    assert (found[0][1] == found[1][1]).all() and np.ptp(found[0][1]) > 0.1
+"""
+
+
+def test_random_feedback_is_the_same_on_every_device():
+    run_code(ON_EVERY_DEVICE, XLA_FLAGS="--xla_force_host_platform_device_count=2")
