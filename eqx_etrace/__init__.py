@@ -1,5 +1,10 @@
 """Online learning of recurrent and spiking networks with eligibility traces."""
 
+from ._checkpoint import (
+    Checkpoint as Checkpoint,
+    load_checkpoint as load_checkpoint,
+    save_checkpoint as save_checkpoint,
+)
 from ._compare import (
     Alignment as Alignment,
     GradientReport as GradientReport,
