@@ -34,6 +34,13 @@ class Alignment:
     - `relative_error`: the norm of their difference over that of the exact one.
     - `zero`: whether the online gradient is zero.
     - `missing`: whether it is zero and the exact one is not.
+
+    !!! example
+
+        ```python
+        found = eqx_etrace.compare_gradients(graph, params, state, xs, targets, loss_fn)
+        assert found.leaves["cell.weight_hh"].norm_ratio < 1
+        ```
     """
 
     size: int

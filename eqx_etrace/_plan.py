@@ -30,6 +30,13 @@ class TraceBytes:
     - `group`: the number of the hidden group.
     - `rule`: its learning rule.
     - `bytes`: of all samples of a batch.
+
+    !!! example
+
+        ```python
+        rows = eqx_etrace.plan(net, state, x, T=50).weights
+        largest = max(rows, key=lambda row: row.bytes)
+        ```
     """
 
     weight: str

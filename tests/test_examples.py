@@ -9,8 +9,8 @@ SCRIPTS = ROOT / "examples"
 # model, update, accuracy, cosine with BPTT before training.
 # Ten epochs give 0.89 to 0.91, cosines of 0.988 and more (three seeds).
 DIGITS = [
-    ("gru", "sequence", 0.85, 0.97),
-    ("lif", "sequence", 0.85, 0.97),
+    pytest.param("gru", "sequence", 0.85, 0.97, marks=pytest.mark.long),
+    pytest.param("lif", "sequence", 0.85, 0.97, marks=pytest.mark.long),
     ("lif", "step", 0.85, 0.97),
 ]
 
