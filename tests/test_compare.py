@@ -133,7 +133,7 @@ def test_in_double_precision_rounding_is_gone():
     assert single.cosine < 0.99
 
 
-@one_in(4, RULES)
+@one_in(8, RULES)
 def test_every_rule_is_compared(name):
     case, keys = MODELS["lif"], jax.random.split(jax.random.key(3), 3)
     net, state = case.make(keys[0])

@@ -180,7 +180,7 @@ COSINES: dict[str, dict[str, float]] = {
 CASES = [f"{net} - {rule}" for net in NETS for rule in RULES]
 
 
-@one_in(13, CASES)
+@one_in(19, CASES)
 def test_a_rule_on_a_network(name):
     net, rule = name.split(" - ")
     found, first, last = measure(net, rule)

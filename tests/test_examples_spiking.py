@@ -21,7 +21,13 @@ BPTT = r"BPTT: accuracy (\S+)"
 
 
 @pytest.mark.slow
-@EACH
+@pytest.mark.parametrize(
+    "script, online, short, goal",
+    [
+        EXAMPLES[0],
+        *(pytest.param(*case, marks=pytest.mark.long) for case in EXAMPLES[1:]),
+    ],
+)
 def test_short_form(script, online, short, goal):
     del goal
     text = run(script, "--quick")

@@ -30,7 +30,7 @@ def test_forecast_in_full(cell):
     assert max(last, frozen) <= 0.02 < persistence / 50
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_copy_task():
     # Two of four symbols: 0.25 is chance.
     text = run("copy_task.py", "--quick")

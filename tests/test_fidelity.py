@@ -47,7 +47,9 @@ def _assert_published(found):
 @pytest.mark.parametrize(
     "tasks, options, pairs",
     [
-        (["copy", "adding"], ["--pieces", "4"], 13),
+        pytest.param(
+            *(["copy", "adding"], ["--pieces", "4"], 13), marks=pytest.mark.long
+        ),
         pytest.param(
             *(["rotation", "anbn"], ["--pieces", "5", "--seeds", "2"], 16),
             marks=pytest.mark.long,

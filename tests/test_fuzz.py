@@ -1,7 +1,7 @@
 """Random cells: the library against the dense reference, step by step, in float64.
 
 `pytest tests/test_fuzz.py --fuzz 5000` draws that many new cells at random; without the
-option the same 96 are drawn every time. Four tests share them, for `pytest -n`.
+option the same 200 are drawn every time. Four tests share them, for `pytest -n`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ import eqx_etrace as etrace
 
 
 STEPS = 5
-CI_EXAMPLES = 96
+CI_EXAMPLES = 200
 SHARDS = 4
 MULTI = "multi-step"
 

@@ -92,7 +92,7 @@ def test_the_spectral_radius(slots):
     np.testing.assert_allclose(spectral_radius(jnp.asarray(decays)), 0.9, rtol=0.02)
 
 
-@one_in(4, RULES)
+@one_in(8, RULES)
 def test_every_rule_is_watched(name):
     net, state, xs, ts = NETS["lif"]()
     if name in ("EProp adaptive", "DNI"):

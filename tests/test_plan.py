@@ -38,7 +38,7 @@ def _trace(graph):
     return jax.eval_shape(lambda: etrace.init_trace(graph))
 
 
-@one_in(4, RULES)
+@one_in(8, RULES)
 def test_traces_are_counted_to_the_byte(name):
     net, state, x, _ = _model("lif")
     if name in ("EProp adaptive", "DNI"):
@@ -94,10 +94,10 @@ def test_temporaries_are_those_of_the_compiled_programs(window, batch):
 
 def test_memory_against_time():
     net, state, x, _ = _model("gru")
-    short, long = (etrace.plan(net, state, x, T=T, batch=4) for T in (112, 1008))
+    short, long = (etrace.plan(net, state, x, T=T, batch=64) for T in (112, 1008))
     assert long.temporaries < 1.05 * short.temporaries
     assert long.bptt > 5 * short.bptt
-    assert "DRTRL, batch 4, 1008 steps, window 16" in str(long)
+    assert "DRTRL, batch 64, 1008 steps, window 16" in str(long)
     assert str(long).splitlines()[-1].split()[0] == "bptt"
     again = json.loads(json.dumps(long.to_dict()))
     assert again["online"] == long.trace + long.temporaries

@@ -17,7 +17,7 @@ import eqx_etrace as etrace
 from eqx_etrace._report import size
 
 
-@one_in(6, CATALOGUE)
+@one_in(10, CATALOGUE)
 def test_rtrl_is_backpropagation(name):
     graph, params, *data = of_catalogue(name, etrace.RTRL())
     got = quick_jit(functools.partial(online, graph, loss=loss))(params, *data)
