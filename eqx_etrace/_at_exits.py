@@ -1,6 +1,6 @@
 """Learning signals at work: from the exits of the units to the hidden state.
 
-All but the first two functions are about one sample; batched callers map them.
+But for the zeros to start from, all is about one sample; batched callers map it.
 """
 
 import functools as ft
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from ._exits import Exits, inexact_outputs
 from ._graph import ETraceGraph
@@ -22,13 +23,13 @@ from ._same_step import partial_signal
 from ._signals import Symmetric
 
 
+Taps = dict[int, Callable[[Any], Any]]
+
+
 def zeros_at_exits(graph: ETraceGraph) -> list[Any]:
     """Zeros in the shapes of the exits, the batch in front."""
     lead = () if graph.batch is None else (graph.batch,)
     return [jnp.zeros((*lead, *at.shape), at.dtype) for at in _exits(graph).exits]
-
-
-Taps = dict[int, Callable[[Any], Any]]
 
 
 def tapped(
@@ -72,9 +73,8 @@ def _bent(
     found = jnp.zeros(at.size, at.dtype)
     if relation.y in seen:  # Else the exit is made before y, and does not read it.
         y = seen[relation.y]
-        _, gather = jax.vjp(relation.map.spread, jnp.zeros(relation.map.units, y.dtype))
-        moved = more.astype(y.dtype) * (y - jax.lax.stop_gradient(y))
-        found = found.at[places].add(gather(moved)[0].astype(at.dtype))
+        moved = relation.map.gather(more.astype(y.dtype) * (y - stop_gradient(y)))
+        found = found.at[places].add(moved.astype(at.dtype))
     return found.reshape(at.shape)
 
 

@@ -355,13 +355,12 @@ def _with_exits(
         check_feedback(graph, exits, rule.signal.path, errors)
     signal = rule.signal.bound(exits.exits, errors)
     average = isinstance(rule, Kappa) and rule.average
+    passes = passing(graph) if average else [False] * len(graph.relations)
     relations = tuple(
         dataclasses.replace(
-            r,
-            exits=sum(bool(at.places[r.group]) for at in exits.exits),
-            passes=average and passes,
+            r, exits=sum(bool(at.places[r.group]) for at in exits.exits), passes=each
         )
-        for r, passes in zip(graph.relations, passing(graph), strict=True)
+        for r, each in zip(graph.relations, passes, strict=True)
     )
     saved = tuple(sorted({*graph.saved, *exits.context}))
     return dataclasses.replace(

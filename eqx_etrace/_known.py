@@ -5,6 +5,7 @@ an equation of which the value is known gives that value, and only its derivativ
 computed. What a derivative reads is then the smallest part of the step.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,16 +26,18 @@ SLOPES: dict[Primitive, Callable[[Any], Any]] = {
 """dy/dx as a function of y: the costly part of a gate is not computed again."""
 
 
-@jax.custom_jvp
-def known(value: Any, made: Any) -> Any:
-    """`made`, of which the value is known: nothing is run for that."""
-    del made
+@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def known(value: Any, made: Any, slope: Callable[[Any], Any] | None = None) -> Any:
+    """`made`, of which the value is known: nothing is run for that. With a `slope`, the
+    same function of it as in `SLOPES`, `made` is what the value is a function of."""
+    del made, slope
     return value
 
 
 @known.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
+def _(slope: Callable[[Any], Any] | None, primals: Any, tangents: Any) -> Any:
+    value, moved = primals[0], tangents[1]
+    return value, moved if slope is None else slope(value) * moved
 
 
 def values_made(equations: Iterable[Equation], avals: tuple[Aval, ...]) -> set[int]:
@@ -56,24 +59,11 @@ def tap_known(
                 continue
             slope = SLOPES.get(equation.primitive)
             if slope is not None:
-                through[equation.index] = _with_slope(slope, env[ref])
+                through[equation.index] = _through(slope, env[ref])
             elif jax.numpy.issubdtype(env[ref].dtype, jax.numpy.inexact):
-                tap[ref] = _with_value(env[ref])
+                tap[ref] = ft.partial(known, env[ref])
     return tap, through
 
 
-def _with_value(value: Any) -> Callable[[Any], Any]:
-    return lambda made: known(value, made)
-
-
-def _with_slope(slope: Callable[[Any], Any], value: Any) -> Callable[[Any], Any]:
-    @jax.custom_jvp
-    def of_value(value: Any, x: Any) -> Any:
-        del x
-        return value
-
-    @of_value.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        return primals[0], slope(primals[0]) * tangents[1]
-
-    return lambda args: [of_value(value, *args)]
+def _through(slope: Callable[[Any], Any], value: Any) -> Callable[[Any], Any]:
+    return lambda args: [known(value, *args, slope)]

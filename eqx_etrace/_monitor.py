@@ -162,10 +162,7 @@ def _of_group(
     learns = jnp.zeros(group.units, bool)
     for row in slope:
         for ref, derivative in zip(group.uses, row, strict=True):
-            _, gather = jax.vjp(
-                maps[ref].spread, jnp.zeros(group.units, derivative.dtype)
-            )
-            (size,) = gather(jnp.abs(derivative))
+            size = maps[ref].gather(jnp.abs(derivative))
             learns = learns | (size >= threshold)
     acts = jnp.any(jnp.stack(sent) > 0, axis=0)
     dtype = radius.dtype

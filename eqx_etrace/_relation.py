@@ -53,6 +53,11 @@ class UnitMap(eqx.Module):
         index = jnp.asarray(self.index)
         return jnp.where(index >= 0, v[..., index], jnp.zeros((), v.dtype))
 
+    def gather(self, y: Shaped[Array, "..."]) -> Shaped[Array, " _"]:
+        """The other way: for each unit the sum of the elements of y that feed it."""
+        (found,) = jax.vjp(self.spread, jnp.zeros(self.units, y.dtype))[1](y)
+        return found
+
     @property
     def total(self) -> bool:
         """Whether every element of y feeds a unit of the group."""

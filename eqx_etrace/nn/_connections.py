@@ -319,7 +319,4 @@ class ExcInh(_Stateless):
     ) -> tuple[Drive, tuple[()]]:
         check_input(self, x, self.weight.shape[1:])
         weight, n = self.weight(), self.excitatory
-        nothing = jnp.zeros(weight.shape[0], jnp.result_type(weight, x))
-        exc = weight[:, :n] @ x[:n] if n else nothing
-        inh = weight[:, n:] @ x[n:] if n < len(x) else nothing
-        return Drive(exc, inh), state
+        return Drive(exc=weight[:, :n] @ x[:n], inh=weight[:, n:] @ x[n:]), state
