@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def alignment(
             low_high += _draw(axis, bars, [*found, one.total], value)
         _finish(axis, names, value, against, low_high)
     if isinstance(report, Mapping):
-        columns = max(1, int(figsize[0] / (0.7 + 0.08 * max(map(len, named)))))
+        columns = max(1, int(figsize[0] / (0.6 + 0.07 * max(map(len, named)))))
         put_legend(axes, ax is None, "upper center", ncols=columns)
     else:
         axes[0].set_title(str(report).splitlines()[0], loc="left", fontsize="medium")
@@ -120,15 +120,13 @@ def _draw(
     style = {"color": colour(bars.number), "label": bars.name}
     if bars.number >= len(COLOURS):
         style["hatch"] = "///"
-    made = axis.barh(rows, drawn, thick, **style)
-    room = 0.9 * thick * points(axis)[1] / len(found)
+    axis.barh(rows, drawn, thick, **style)
+    font = min(8.0, 0.9 * thick * points(axis)[1] / len(found))
     for row, size, one in zip(rows, sizes, found, strict=True):
-        text = (
-            (f"{size:.2g}" if room >= 4 else "") if math.isfinite(size) else _note(one)
-        )
+        text = f"{size:.3g}" if math.isfinite(size) else _note(one)
         # In a column at the right edge, where no bar goes.
-        where = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
-        axis.text(0.99, row, text, fontsize=min(8.0, max(3.0, room)), **where)
+        where = {"transform": axis.get_yaxis_transform(), "ha": "right"}
+        axis.text(0.99, row, text, fontsize=max(2.0, font), va="center", **where)
     return drawn
 
 
@@ -145,7 +143,7 @@ def _finish(
 ) -> None:
     label, exact = _VALUES[value]
     low, high = min(reached), max(reached)
-    numbers = 32 / max(64.0, points(axis)[0])  # Their column's share of the width.
+    numbers = 36 / max(64.0, points(axis)[0])  # Their column's share of the width.
     space = 0.05 * (high - low)
     right = high + space + numbers * (high - low + 2 * space) / (1 - numbers)
     axis.set_xlim(low - (space if low < 0 else 0.0), right)

@@ -56,9 +56,7 @@ def points(axis: Axes) -> tuple[float, float]:
     return box.width * 72 / figure.dpi, box.height * 72 / figure.dpi
 
 
-def read(
-    name: str, value: Any, shapes: Sequence[str], remedy: str
-) -> np.ndarray[Any, Any]:
+def read(name: str, value: Any, shapes: Sequence[str], remedy: str) -> np.ndarray:
     """A real array without NaN, of one of the shapes such as `(T, units)`."""
     array = np.asarray(value)
     ranks = [len(shape.replace(",", " ").strip("( )").split()) for shape in shapes]

@@ -8,6 +8,7 @@ run along lanes at the far right, in another one wherever two would meet.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -259,21 +260,27 @@ def _lanes(
 
 
 def _texts(nodes: Sequence[Node]) -> dict[str, str]:
-    """One line for a weight, one an entry for the others."""
+    """One line for a weight; for the others one an entry, or several."""
     paths = shorten([node.label[0] for node in nodes], _LONGEST)
     texts = {}
     for node, path in zip(nodes, paths, strict=True):
-        rest = [shorten([line], _LONGEST)[0] for line in node.label[1:]]
-        one_line = node.kind == "weight"
-        texts[node.id] = (
-            f"{path}   {', '.join(rest)}" if one_line else "\n".join([path, *rest])
-        )
+        if node.kind == "weight":
+            texts[node.id] = f"{path}   {', '.join(node.label[1:])}"
+            continue
+        lines = [part for entry in node.label[1:] for part in _wrap(entry)]
+        texts[node.id] = "\n".join([path, *shorten(lines, _LONGEST)])
     return texts
+
+
+def _wrap(text: str) -> list[str]:
+    options: Any = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, 30, max_lines=4, placeholder=" …", **options)
 
 
 def _widest(texts: Iterable[str]) -> float:
     """In ems; a `$` would start a formula."""
-    return max(
+    # On a screen each letter has a whole number of pixels: a tenth for that.
+    return 1.1 * max(
         (
             TextPath((0, 0), text.replace("$", "S"), size=1).get_extents().width
             for text in texts

@@ -120,7 +120,7 @@ def raster(
     return axes if lines else axes[0]
 
 
-def _lines(name: str, value: Any, steps: int) -> np.ndarray[Any, Any]:
+def _lines(name: str, value: Any, steps: int) -> np.ndarray:
     remedy = f"Take a few units of one sample: {name}[:, :3]."
     array = read(name, value, ["(T,)", "(T, few)"], remedy)
     if len(array) != steps:
@@ -131,7 +131,7 @@ def _lines(name: str, value: Any, steps: int) -> np.ndarray[Any, Any]:
     return array.reshape(steps, -1)
 
 
-def _ticks(axis: Axes, time: Any, spikes: np.ndarray[Any, Any]) -> None:
+def _ticks(axis: Axes, time: Any, spikes: np.ndarray) -> None:
     steps, units = spikes.shape
     width, height = points(axis)
     at, unit = np.nonzero(spikes)

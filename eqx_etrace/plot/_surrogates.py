@@ -57,7 +57,7 @@ def surrogates(
     slopes = [_slope(spike, x) for spike in surrogates]
     (axis,) = take_axes(ax, 1, figsize=(4.4 if len(surrogates) == 1 else 6.4, 3.2))
     axis.step(x, np.asarray(surrogates[0](x)), color="0.75", linewidth=1, label="spike")
-    names = shorten([_name(spike) for spike in surrogates], 48)
+    names = shorten([_name(spike) for spike in surrogates], 36)
     for number, (name, slope) in enumerate(zip(names, slopes, strict=True)):
         style = ("-", "--", ":")[number // 7 % 3]
         axis.plot(x, slope, color=colour(number), linestyle=style, label=name)
@@ -69,7 +69,7 @@ def surrogates(
     return axis
 
 
-def _slope(spike: Callable[[Any], Any], x: jax.Array) -> np.ndarray[Any, Any]:
+def _slope(spike: Callable[[Any], Any], x: jax.Array) -> np.ndarray:
     slope = np.asarray(jax.vmap(jax.grad(spike))(x), np.float64)
     if not np.isfinite(slope).all():
         first = int(np.flatnonzero(~np.isfinite(slope))[0])
