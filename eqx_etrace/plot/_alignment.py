@@ -54,13 +54,8 @@ def alignment(
         ```python
         from eqx_etrace import plot
 
-        found = {}
-        for rule in eqx_etrace.DRTRL(), eqx_etrace.Immediate():
-            graph = eqx_etrace.compile(net, state, x, rule)
-            found[type(rule).__name__] = eqx_etrace.compare_gradients(
-                graph, params, state, xs, targets, loss_fn
-            )
-        cosines, norms = plot.alignment(found)
+        found = eqx_etrace.compare_gradients(graph, params, state, xs, targets, loss_fn)
+        cosines, norms = plot.alignment({"D-RTRL": found})
         ```
     """
     named = report if isinstance(report, Mapping) else {report.rule: report}

@@ -1,6 +1,6 @@
 """What all figures share: the Axes to draw in, colours, and how much room there is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def take_axes(
-    ax: Axes | Iterable[Axes] | None, panels: int, **figure: Any
-) -> tuple[Axes, ...]:
-    """The Axes given, or those of a new figure."""
+def take_axes(ax: Any, panels: int, **figure: Any) -> tuple[Axes, ...]:
+    """The Axes given, one or several, or those of a new figure."""
     if ax is None:
         # Here and nowhere else: pyplot keeps every figure that it makes.
         import matplotlib.pyplot as plt

@@ -57,15 +57,13 @@ def graph(graph: ETraceGraph, ax: Axes | None = None) -> Axes:
         ```python
         from eqx_etrace import plot
 
-        plot.graph(graph).figure.savefig("graph.svg")
+        ax = plot.graph(graph)
         ```
     """
     if not isinstance(graph, ETraceGraph):
-        expected, remedy = (
-            "an `ETraceGraph`",
-            "It is what `eqx_etrace.compile` returns.",
-        )
-        raise TypeError(sentence("graph", describe(graph), expected, remedy))
+        remedy = "It is what `eqx_etrace.compile` returns."
+        got = describe(graph)
+        raise TypeError(sentence("graph", got, "an `ETraceGraph`", remedy))
     drawing = draw(graph)
     layout = _lay_out(drawing)
     width, height = layout.width, layout.height + 2 * _LINE
@@ -142,10 +140,8 @@ def _lay_out(drawing: Drawing) -> _Layout:
     for edges in sides.weights.values():
         for edge in edges:
             source, y = boxes[edge.source].right, starts[edge]
-            bend, target = (
-                source + stub + 2 * _PAD,
-                (boxes[edge.target].left, ends[edge]),
-            )
+            bend = source + stub + 2 * _PAD
+            target = boxes[edge.target].left, ends[edge]
             middle = (bend + target[0]) / 2
             curve = (middle, y), (middle, target[1]), target
             at = source + _PAD, y - 0.2

@@ -53,7 +53,7 @@ def surrogates(
             "nn.superspike()."
         )
     span = positive("span", span, "It is in the units of the membrane.")
-    x = jnp.linspace(-span, span, 801)
+    x = jnp.asarray(np.linspace(-span, span, 801))  # With its zero in the middle.
     slopes = [_slope(spike, x) for spike in surrogates]
     (axis,) = take_axes(ax, 1, figsize=(4.4 if len(surrogates) == 1 else 6.4, 3.2))
     axis.step(x, np.asarray(surrogates[0](x)), color="0.75", linewidth=1, label="spike")
