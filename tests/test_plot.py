@@ -4,6 +4,7 @@ import inspect
 import math
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from test_docstrings import PREAMBLE
 from windows import of_models, squares
 
 import eqx_etrace as etrace
-from eqx_etrace import nn, plot
+from eqx_etrace import nn, plot as typed_plot
 
 
+# Matplotlib's types do not let a test look inside.
+plot: Any = typed_plot
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "plots.md"
 BLUE, ORANGE = "#0072b2", "#d55e00"
 NAN = math.nan
@@ -32,7 +35,7 @@ def no_figure_stays():
     plt.close("all")
 
 
-def _axes(count=1):
+def _axes(count=1) -> Any:
     return Figure(layout="constrained").subplots(1, count, squeeze=False)[0]
 
 
@@ -212,7 +215,7 @@ def named_bars(axes):
 
 def _report(leaves, **changes):
     total = etrace.Alignment(9, 0.5, 0.7, 0.8, 0.6, False, False)
-    named = dict(rule="DRTRL", against="bptt", window=None, steps=4) | changes
+    named: Any = dict(rule="DRTRL", against="bptt", window=None, steps=4) | changes
     return etrace.GradientReport(leaves, total, **named)
 
 
@@ -268,6 +271,12 @@ def test_alignment_refuses(given, options, message):
     with pytest.raises(ValueError, match=message):
         plot.alignment(given, **options)
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("given", [3, {"a": _report({}), "b": 3}])
+def test_alignment_takes_reports_alone(given):
+    with pytest.raises(TypeError, match="report '.*': got .*, expected a `GradientRep"):
+        inspect.unwrap(plot.alignment)(given)
 
 
 # -- scaling ---------------------------------------------------------------------------
@@ -328,8 +337,8 @@ def test_only_what_there_is():
 
 
 def _plan(steps, rule="DRTRL", bptt=None):
-    sizes = dict(params=1, gradient=1, state=1, trace=300, temporaries=700)
-    run = dict(batch=None, steps=steps, window=1, rule=rule)
+    sizes: Any = dict(params=1, gradient=1, state=1, trace=300, temporaries=700)
+    run: Any = dict(batch=None, steps=steps, window=1, rule=rule)
     return etrace.MemoryPlan((), **sizes, bptt=bptt or 10 * steps, **run)
 
 
@@ -363,6 +372,11 @@ def test_scaling_refuses(rows, message):
     with pytest.raises(ValueError, match=message):
         plot.scaling(rows)
     assert plt.get_fignums() == []
+
+
+def test_scaling_takes_a_list():
+    with pytest.raises(TypeError, match=r"rows\[0\]: got 'method', .* list of rows"):
+        inspect.unwrap(plot.scaling)(_rows()[0])
 
 
 # -- surrogates ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,8 +17,12 @@ from oracles import problem
 from test_diagram import _awkward
 
 import eqx_etrace as etrace
-from eqx_etrace import plot
+from eqx_etrace import plot as typed_plot
 from eqx_etrace._diagram import draw
+
+
+# Matplotlib's types do not let a test look inside.
+plot: Any = typed_plot
 
 
 class Stack(eqx.Module):
@@ -67,11 +72,11 @@ def drawn(request):
     plt.close("all")
 
 
-def _boxes(axis):
+def _boxes(axis) -> dict[Any, Any]:
     return {p.get_gid(): p for p in axis.patches if isinstance(p, FancyBboxPatch)}
 
 
-def _arrows(axis):
+def _arrows(axis) -> list[Any]:
     return [p for p in axis.patches if isinstance(p, FancyArrowPatch)]
 
 
@@ -153,7 +158,7 @@ def test_boxes_and_lanes_are_apart(drawn):
 def test_letters_are_as_large_as_given_axes_have_room_for(size):
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    axis: Any = figure.subplots()
     graph = GRAPHS["gru_lif"]()
     before = plt.get_fignums()
     assert plot.graph(graph, axis) is axis

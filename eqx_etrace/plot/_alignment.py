@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from .._compare import Alignment, GradientReport
-from .._errors import sentence
+from .._errors import describe, sentence
 from ._axes import COLOURS, colour, points, put_legend, shorten, take_axes
 
 
@@ -46,8 +46,8 @@ def alignment(
     params as one vector. Where a number has no meaning it says "missing" (the online
     gradient is zero, the exact one is not), "zero" (both are) or "exact is zero".
 
-    **Raises:** `ValueError` for no report, reports against other gradients or
-    unknown values.
+    **Raises:** `ValueError` for no report, reports against different exact gradients or
+    unknown values; `TypeError` for what is no report.
 
     !!! example
 
@@ -58,7 +58,9 @@ def alignment(
         cosines, norms = plot.alignment({"D-RTRL": found})
         ```
     """
-    named = report if isinstance(report, Mapping) else {report.rule: report}
+    named = (
+        report if isinstance(report, Mapping) else {getattr(report, "rule", ""): report}
+    )
     _check(named, values)
     paths = list(dict.fromkeys(path for r in named.values() for path in r.leaves))
     rows = len(paths) + 1
@@ -82,12 +84,19 @@ def alignment(
     return axes
 
 
-def _check(named: Mapping[str, GradientReport], values: Sequence[str]) -> None:
+def _check(named: Mapping[str, Any], values: Sequence[str]) -> None:
     unknown = [value for value in values if value not in _VALUES]
     if unknown or not values or isinstance(values, str):
         expected = f"a sequence of names out of {', '.join(_VALUES)}"
         remedy = 'For one of them: values=("cosine",).'
         raise ValueError(sentence("values", repr(values), expected, remedy))
+    for name, one in named.items():
+        if not isinstance(one, GradientReport):
+            remedy = "It is what `compare_gradients` returns."
+            expected = "a `GradientReport`"
+            raise TypeError(
+                sentence(f"report {name!r}", describe(one), expected, remedy)
+            )
     against = sorted({report.against for report in named.values()})
     if len(against) != 1:
         got = f"reports against {' and '.join(against)}" if against else "no report"
@@ -112,7 +121,7 @@ def _draw(
     rows = np.arange(len(found)) - 0.4 + thick * (bars.number + 0.5)
     sizes = [math.nan if row is None else getattr(row, value) for row in found]
     drawn = [size if math.isfinite(size) else 0.0 for size in sizes]
-    style = {"color": colour(bars.number), "label": bars.name}
+    style: dict[str, Any] = {"color": colour(bars.number), "label": bars.name}
     if bars.number >= len(COLOURS):
         style["hatch"] = "///"
     axis.barh(rows, drawn, thick, **style)

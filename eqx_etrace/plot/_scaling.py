@@ -38,7 +38,8 @@ def scaling(
     **Returns:** a tuple of Axes, one for each of memory and time that there is.
 
     **Raises:** `ValueError` for rows that lack something, numbers that are not above
-    zero, and two different numbers for the same method and length.
+    zero, and two different numbers for the same method and length; `TypeError` for what
+    is no row.
 
     !!! example
 
@@ -82,6 +83,11 @@ def _rows(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _read(rows: Iterable[Any]) -> _Points:
     found: _Points = {value: {} for value in _VALUES}
     for where, row in _rows(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                f"{where}: got {row!r}, expected a mapping or what `eqx_etrace.plan` "
+                "returns. Pass a list of rows."
+            )
         told = [value for value in _VALUES if row.get(value) is not None]
         if "method" not in row or "steps" not in row or not told:
             raise ValueError(
