@@ -1,9 +1,8 @@
-"""Figures hold the numbers they were given; see `test_plot_graph.py` for graphs."""
+"""Figures hold the numbers they were given; see `test_plot_graph.py` for graphs and
+`test_plot_page.py` for the page about them."""
 
 import inspect
 import math
-import pathlib
-import re
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from scripts import run_code
-from test_docstrings import PREAMBLE
 from windows import of_models, squares
 
 import eqx_etrace as etrace
@@ -24,7 +22,6 @@ from eqx_etrace import nn, plot as typed_plot
 
 # Matplotlib's types do not let a test look inside.
 plot: Any = typed_plot
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "plots.md"
 BLUE, ORANGE = "#0072b2", "#d55e00"
 NAN = math.nan
 
@@ -485,27 +482,3 @@ def test_without_matplotlib_the_extra_is_named():
     assert loaded == "False"
     assert "no package matplotlib" in message
     assert "pip install 'eqx-etrace[plot]'" in message
-
-
-def test_the_page_shows_every_function():
-    text = PAGE.read_text()
-    assert all(f"plot.{name}(" in text for name in ("graph", *DRAW))
-    images = re.findall(r"!\[.*?\]\((plots/\w+\.png)\)", text)
-    assert len(images) == 5
-    for image in images:
-        assert (PAGE.parent / image).stat().st_size < 60_000
-
-
-@pytest.mark.long
-def test_the_page_runs_as_it_stands():
-    text = PAGE.read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 8
-    names = {}
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        for code in (PREAMBLE, *blocks):
-            exec(compile(code, "plots.md", "exec"), names)
