@@ -1,16 +1,19 @@
 """Strict JAX, and every annotation of the library checked while the tests run."""
 
 import jax
+import matplotlib
 import pytest
 from jaxtyping import install_import_hook
 
 
+matplotlib.use("Agg")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 with install_import_hook("eqx_etrace", "beartype.beartype"):
     import eqx_etrace.nn
+    import eqx_etrace.plot
     import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect
 
 

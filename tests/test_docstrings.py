@@ -5,10 +5,11 @@ import re
 import textwrap
 
 import jax
+import matplotlib.pyplot as plt
 import pytest
 
 import eqx_etrace
-from eqx_etrace import nn, tasks
+from eqx_etrace import nn, plot, tasks
 
 
 # What the examples take for granted: a model, its graph and one sample of data.
@@ -39,7 +40,7 @@ loss_fn = lambda out, target: jnp.sum((out - target) ** 2)
 
 
 DATA = {"tasks.japanese_vowels", "tasks.gun_point", "tasks.basic_motions"}
-MODULES = {"": eqx_etrace, "nn.": nn, "tasks.": tasks}
+MODULES = {"": eqx_etrace, "nn.": nn, "plot.": plot, "tasks.": tasks}
 
 
 def _documented():
@@ -98,6 +99,7 @@ def test_examples_run(name, capsys):
         names = {}
         exec(compile(PREAMBLE, "preamble", "exec"), names)
         exec(compile(EXAMPLES[name], name, "exec"), names)
+    plt.close("all")
     capsys.readouterr()
 
 

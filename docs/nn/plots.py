@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from eqx_etrace import nn, tasks
+from eqx_etrace import nn, plot, tasks
 
 
 HERE = pathlib.Path(__file__).parent
-SURROGATES = {
-    "triangle()": nn.triangle(),
-    "sigmoid(4)": nn.sigmoid(4.0),
-    "arctan()": nn.arctan(),
-    "relu_grad()": nn.relu_grad(),
-    "boxcar()": nn.boxcar(),
-    "superspike(10)": nn.superspike(10.0),
-    "gaussian()": nn.gaussian(),
-    "multi_gaussian()": nn.multi_gaussian(),
-}
+SURROGATES = (
+    nn.triangle(),
+    nn.sigmoid(4.0),
+    nn.arctan(),
+    nn.relu_grad(),
+    nn.boxcar(),
+    nn.superspike(10.0),
+    nn.gaussian(),
+    nn.multi_gaussian(),
+)
 # Neuron, its current, and how long, in ms.
 NEURONS = {
     "IF": (nn.IF(1), 0.07, 100),
@@ -80,11 +80,10 @@ def save(figure, name):
 
 def surrogates():
     figure, axes = panels(2, 4, 3.4)
-    x = jnp.linspace(-2, 2, 801)
-    for axis, (name, spike) in zip(axes, SURROGATES.items(), strict=True):
-        axis.step(x, spike(x), color="0.75", linewidth=1)
-        axis.plot(x, spike.slope(x), color="C0")
-        axis.set_title(name, fontsize=9)
+    for axis, spike in zip(axes, SURROGATES, strict=True):
+        plot.surrogates(spike, ax=axis)
+        axis.set(xlabel="", ylabel="")
+        axis.title.set_fontsize(9)
     save(figure, "surrogates")
 
 

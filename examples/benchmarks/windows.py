@@ -155,32 +155,28 @@ def measure_lengths(names, loads, size, options):
     return found
 
 
-def plot(found, file):
-    import matplotlib
+def draw(found, file):
+    """Memory and time against the length, a column for each workload."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from eqx_etrace import plot
 
-    figure, axes = plt.subplots(
-        2, len(found), figsize=(4 * len(found), 6), squeeze=False, sharex=True
-    )
-    for column, (load, by_steps) in enumerate(found.items()):
-        time_axis, room_axis = axes[:, column]
-        for name in PLOTTED:
-            rows = {s: table[name] for s, table in by_steps.items() if name in table}
-            if rows:
-                times = [row["us_per_step"] for row in rows.values()]
-                room = [r["temp_mib"] + r["trace_mib"] for r in rows.values()]
-                time_axis.plot(list(rows), times, ".-", label=name)
-                room_axis.plot(list(rows), room, ".-", label=name)
-        time_axis.set(title=load, xscale="log", ylim=(0, None))
-        room_axis.set(xlabel="time steps", yscale="log")
-        room_axis.set_xticks(list(by_steps), list(map(str, by_steps)), minor=False)
-        room_axis.minorticks_off()
-    axes[0, 0].set_ylabel("us per step")
-    axes[1, 0].set_ylabel("MiB, with the trace")
-    axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
+    figure = Figure(figsize=(4 * len(found), 6), layout="constrained")
+    axes = figure.subplots(2, len(found), squeeze=False)
+    for (load, by_steps), column in zip(found.items(), axes.T, strict=True):
+        rows = [
+            {
+                "method": name,
+                "steps": steps,
+                "memory": ROOM * (table[name]["temp_mib"] + table[name]["trace_mib"]),
+                "time": 1e-6 * table[name]["us_per_step"],
+            }
+            for name in PLOTTED
+            for steps, table in by_steps.items()
+            if name in table
+        ]
+        plot.scaling(rows, column)
+        column[0].set_title(load)
     figure.savefig(file)
     print(f"wrote {file}")
 
@@ -236,7 +232,7 @@ def main():
         }
         lengths = measure_lengths(names, loads, size, options)
         write(args.json, {**facts, "table": tables, "lengths": lengths})
-        plot(lengths, args.plot)
+        draw(lengths, args.plot)
 
 
 def write(file, facts):
