@@ -162,7 +162,8 @@ def test_targets_of_any_structure_and_what_comes_with_a_loss():
         )
         return loss, {"best": jnp.argmax(out), "out": out}
 
-    outs, *_ = etrace.evolve(graph, params, state, None, xs)
+    evolve = quick_jit(functools.partial(etrace.evolve, graph))
+    outs, *_ = evolve(params, state, None, xs)
     for window in (1, 3):
         options = {"window": window, "has_aux": True}
 
@@ -203,7 +204,8 @@ def test_a_loss_at_the_last_step_alone(window):
     mask = jnp.zeros(8).at[-1].set(1.0)
     args = params, state, None, xs, ts, mask
     losses, got, *_ = _run(graph, args, options={"window": window})
-    _, state, trace = etrace.evolve(graph, params, state, None, xs[:-1])
+    evolve = quick_jit(functools.partial(etrace.evolve, graph))
+    _, state, trace = evolve(params, state, None, xs[:-1])
 
     def last(params):
         return squares(etrace.step(graph, params, state, trace, xs[-1])[0], ts[-1])

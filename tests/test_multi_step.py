@@ -124,7 +124,8 @@ WARM = 4
 def _after_a_warm_up(name, vjp):
     """State and trace after some steps, and the rest of the sequence."""
     graph, params, state, xs, ts = _setting(name, vjp)
-    _, state, trace = etrace.evolve(graph, params, state, None, xs[:WARM])
+    warm_up = quick_jit(functools.partial(etrace.evolve, graph))
+    _, state, trace = warm_up(params, state, None, xs[:WARM])
     return graph, params, state, trace, xs[WARM:], ts[WARM:]
 
 
