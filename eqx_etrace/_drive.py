@@ -89,7 +89,7 @@ def value_and_grad(
     - `targets`: a pytree with time in front.
     - `mask`: (T,), or (T, B) where `loss_fn` gives one loss per sample: booleans, or
       weights of the losses. A loss at the last step only is a mask that is zero but for
-      the last.
+      the last. What is masked runs all the same: pad with finite numbers.
     - `reset`: (T,), or (T, B) for a batched graph: where true, this step begins a new
       sequence, from the state `initial` (zeros, unless given) and an empty trace.
     - `signal`: for a rule with `Modulatory` the modulators, time in front; for one with

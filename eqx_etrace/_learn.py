@@ -30,7 +30,9 @@ def learn(
 
     - `graph`: what `eqx_etrace.compile` returned.
     - `loss_fn`: as for `eqx_etrace.value_and_grad`.
-    - `optimiser`: any optax transformation, with or without extra state.
+    - `optimiser`: any optax transformation, with or without extra state. Labels for
+      `optax.multi_transform` that have the structure of a callable model are given as a
+      function of the params, `lambda _: labels`, since Optax would call them.
     - `every`: the number of steps whose gradients are added up to one update. With 1,
       the default, it is the loop one would write with `eqx_etrace.step`; with more,
       these steps are taken in one window. Steps that are left over at the end make an

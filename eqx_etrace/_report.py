@@ -77,7 +77,7 @@ def _credits(graph: "ETraceGraph", path: str) -> list[tuple[str, ...]]:
 
 def _groups(graph: "ETraceGraph") -> list[str]:
     rows = [
-        (str(number), f"{g.units} x {g.slots}", ", ".join(g.leaves))
+        (str(number), f"{g.units} x {g.slots}", ", ".join(dict.fromkeys(g.leaves)))
         for number, g in enumerate(graph.groups)
     ]
     return table(("group", "units x slots", "state leaves"), rows)

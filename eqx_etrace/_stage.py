@@ -96,7 +96,8 @@ class Leaves:
             if path not in self.paths and leaf is not None:
                 return sentence(path, describe(leaf), "nothing there", remedy)
         got, expected, first = _differing(jtu.tree_structure(tree), self.treedef)
-        path = self.paths[first] if expected.num_leaves == 1 else self.name
+        whole = self.name or "params"
+        path = self.paths[first] if expected.num_leaves == 1 else whole
         return sentence(path, str(got), str(expected), remedy)
 
 
@@ -262,6 +263,22 @@ def default_call(model: Any, x: PyTree, state: PyTree) -> Any:
     return model(x, state)
 
 
+def _while_tracing(tables: Mapping[str, Leaves], batched: bool) -> str:
+    """What an error of the model itself does not tell."""
+    told = [
+        f"{path} {describe(spec)}"
+        for name in ("x", "state")
+        for path, spec in zip(tables[name].paths, tables[name].specs, strict=True)
+    ]
+    remedy = "The batch is left out of them, since batched=True was given."
+    if not batched:
+        remedy = "If they have a batch in front, compile with batched=True."
+    return (
+        f"eqx_etrace.compile was tracing one step of the model with {', '.join(told)}. "
+        f"{remedy} A model that is not called as `model(x, state)` needs `call=`."
+    )
+
+
 def stage(
     model: Any,
     state: PyTree,
@@ -302,7 +319,12 @@ def stage(
         return tables["state"].split(list(new_leaves)) + jtu.tree_leaves(out)
 
     specs = [tables["params"].specs, tables["state"].parts.specs, tables["x"].specs]
-    closed = jax.make_jaxpr(flat)(*map(list, specs))
+    try:
+        closed = jax.make_jaxpr(flat)(*map(list, specs))
+    except Exception as error:
+        if not isinstance(error, CompileError):
+            error.add_note(_while_tracing(tables, batched))
+        raise
     out, new_state = returned[-1]
     _check_new_state(tables["state"], new_state)
     return Staged(

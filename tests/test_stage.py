@@ -142,3 +142,28 @@ def test_equinox_states_are_numbered():
 
     _, state = eqx.nn.make_with_state(Layers)()
     assert leaf_table("state", state).paths == ("state[0]", "state[1]")
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_error_of_the_model_says_what_it_was_traced_with(batched):
+    def swapped(model, x, h):
+        return (model(h, x),) * 2
+
+    net, h, x = (
+        eqx.nn.GRUCell(3, 4, key=jax.random.key(0)),
+        jnp.ones((2, 4)),
+        jnp.ones((2, 3)),
+    )
+    with pytest.raises(TypeError) as info:
+        etrace.compile(net, h, x, call=swapped, batched=batched)
+    (note,) = info.value.__notes__
+    lead = "" if batched else "2, "
+    hint = "batch is left out" if batched else "compile with batched=True"
+    assert f"with x float64[{lead}3], state float64[{lead}4]. " in note
+    assert hint in note and "`call=`" in note
+
+
+def test_params_of_another_structure_are_named():
+    table = leaf_table("", {"a": ONE, "b": (ONE, ONE)})
+    with pytest.raises(ValueError, match=r"^params: got PyTreeDef"):
+        table.flatten({"a": ONE, "b": [ONE, ONE]}, None, "Remedy.")
