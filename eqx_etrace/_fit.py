@@ -154,12 +154,12 @@ def _own(graph: ETraceGraph, start: Any) -> Checkpoint:
         remedy = "Make one, with step 0."
         raise ValueError(sentence("start", describe(start), "a Checkpoint", remedy))
     trace = init_trace(graph) if start.trace is None else start.trace
-    arrays = jtu.tree_map(
+    copy = jtu.tree_map(
         # With a dtype it is not weakly typed, which would compile a second time.
         lambda leaf: jnp.array(leaf, dtype=jnp.asarray(leaf).dtype),
-        (*start[:3], trace),
+        start._replace(trace=trace, step=None),
     )
-    return Checkpoint(*arrays, operator.index(start.step))
+    return copy._replace(step=operator.index(start.step))
 
 
 def _arguments(batch: Any) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def fit(
     try:
         for batch in batches:
             found, *new = fun(*now[:4], _arguments(batch))
-            now = Checkpoint(*new, now.step + 1)
+            now = Checkpoint._make([*new, now.step + 1])
             host.found.append(found)
             if now.step % report_every == 0:
                 host.report(now)

@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,16 +140,17 @@ def test_numbers_that_are_none_can_be_read(tmp_path):
 
 def _events(folder):
     """(step, name, value), and (step, None, None) where older ones are purged."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto import event_pb2
 
+    protos: Any = event_pb2  # Made at run time.
     found = []
     for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
         data = file.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
+            event = protos.Event.FromString(data[12 : 12 + length])
             data = data[12 + length + 4 :]
-            if event.session_log.status == SessionLog.START:
+            if event.session_log.status == protos.SessionLog.START:
                 found.append((event.step, None, None))
             for value in event.summary.value:
                 found.append((event.step, value.tag, value.simple_value))
