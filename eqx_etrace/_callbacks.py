@@ -78,13 +78,15 @@ class CSVLogger:
     !!! example
 
         ```python
+        import pathlib
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            log = eqx_etrace.CSVLogger(f"{folder}/run.csv")
+            path = pathlib.Path(folder) / "run.csv"
+            log = eqx_etrace.CSVLogger(path)
             log(10, {"loss": 0.5})
             log(20, {"loss": 0.25})
-            rows = open(f"{folder}/run.csv").read()
+            rows = path.read_text()
         assert rows == "step,loss\\n10,0.5\\n20,0.25\\n"
         ```
     """
@@ -134,12 +136,14 @@ class JSONLLogger:
     !!! example
 
         ```python
+        import pathlib
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            log = eqx_etrace.JSONLLogger(f"{folder}/run.jsonl")
+            path = pathlib.Path(folder) / "run.jsonl"
+            log = eqx_etrace.JSONLLogger(path)
             log(10, {"loss": 0.5})
-            line = open(f"{folder}/run.jsonl").read()
+            line = path.read_text()
         assert line == '{"step": 10, "loss": 0.5}\\n'
         ```
     """
@@ -162,8 +166,8 @@ class JSONLLogger:
 class TensorBoardLogger:
     """Writes metrics as scalars for TensorBoard; needs the extra `tensorboard`.
 
-    A run that goes on with the same folder adds a file to it, which hides what
-    TensorBoard knows of the steps that are made again.
+    They are on disk about a second later. A run that goes on with the same folder adds
+    a file to it, which hides what TensorBoard knows of the steps that are made again.
 
     **Arguments:**
 
@@ -191,13 +195,15 @@ class TensorBoardLogger:
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is None:
-            # The time in the name has seconds only: a quick restart would overwrite.
             self._writer = self._make(
-                self._folder, purge_step=step, filename_suffix=f".{step}"
+                self._folder,
+                purge_step=step,
+                flush_secs=1,  # Its own `flush` does not wait for what is queued.
+                # The time in its name has seconds only, and a restart may be quick.
+                filename_suffix=f".{step}",
             )
         for name, value in metrics.items():
             self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()
 
     def close(self) -> None:
         """Close the file, which otherwise stays open until the program ends.

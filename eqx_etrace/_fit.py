@@ -282,8 +282,8 @@ def fit(
       may be None, for zeros. Its arrays are copied and stay usable.
     - `batches`: any iterable of `(xs, targets)`, of `(xs, targets, mask)`, or of dicts
       with these names and, if need be, `reset` and `signal`: the arguments of
-      `eqx_etrace.value_and_grad`. Batches of one shape compile once. The caller skips
-      what was read: `itertools.islice(batches, start.step, None)`.
+      `eqx_etrace.value_and_grad`. Within a call, batches of one shape compile once.
+      The caller skips what was read: `itertools.islice(batches, start.step, None)`.
     - `every`: the number of steps to an update, as for `eqx_etrace.learn`. Unless
       given, each batch makes one update, from the gradient of `value_and_grad` with
       this `window` and `reduction`.

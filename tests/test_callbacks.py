@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -146,8 +147,10 @@ def _events(folder):
     found = []
     for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
         data = file.read_bytes()
-        while data:
+        while len(data) > 12:
             (length,) = struct.unpack("<Q", data[:8])
+            if len(data) < 16 + length:
+                break  # It is being written.
             event = protos.Event.FromString(data[12 : 12 + length])
             data = data[12 + length + 4 :]
             if event.session_log.status == protos.SessionLog.START:
@@ -164,7 +167,10 @@ def test_scalars_for_tensorboard(tmp_path):
     expected = [(2, None, None)]
     for step, metrics in RUN[:2]:
         expected += [(step, name, pytest.approx(v)) for name, v in metrics.items()]
-    assert _events(folder) == expected  # On disk, before it is closed.
+    end = time.monotonic() + 20
+    while _events(folder) != expected:  # On disk, before it is closed.
+        assert time.monotonic() < end
+        time.sleep(0.1)
     first.close()
     first.close()
     again = etrace.TensorBoardLogger(str(folder))
