@@ -1,5 +1,6 @@
 """`fit`: a loop over batches, which may end after any of them and go on from there."""
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -240,9 +241,10 @@ class _Host:
             save_checkpoint(self.path, self.graph, now)
 
     def rescue(self, now: Checkpoint) -> None:
-        """Save after an interrupt, unless it fell where the arrays were given away."""
+        """Save after an error, what is finite and was not given away to a batch."""
         if not any(leaf.is_deleted() for leaf in jtu.tree_leaves(now[:4])):
-            self.save(now)
+            with contextlib.suppress(FloatingPointError):
+                self.save(now)
 
 
 def fit(
@@ -353,8 +355,6 @@ def fit(
                 host.save(now)
         if host.found:
             host.report(now)
-    except FloatingPointError:
-        raise  # The file that there is, is worth more than one of this.
     except BaseException:
         host.rescue(now)
         raise

@@ -145,7 +145,7 @@ def _events(folder):
 
     protos: Any = event_pb2  # Made at run time.
     found = []
-    for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
+    for file in sorted(folder.iterdir(), key=lambda f: (f.stat().st_mtime_ns, f.name)):
         data = file.read_bytes()
         while len(data) > 12:
             (length,) = struct.unpack("<Q", data[:8])
@@ -160,23 +160,35 @@ def _events(folder):
     return found
 
 
-def test_scalars_for_tensorboard(tmp_path):
+def _expected(run):
+    return [
+        (step, name, pytest.approx(value))
+        for step, metrics in run
+        for name, value in metrics.items()
+    ]
+
+
+def test_scalars_are_on_disk_while_learning_goes_on(tmp_path):
     folder = tmp_path / "new" / "board"
-    first = etrace.TensorBoardLogger(folder)
-    _log(first, RUN[:2])
-    expected = [(2, None, None)]
-    for step, metrics in RUN[:2]:
-        expected += [(step, name, pytest.approx(v)) for name, v in metrics.items()]
+    log = etrace.TensorBoardLogger(folder)
+    _log(log, RUN)
     end = time.monotonic() + 20
-    while _events(folder) != expected:  # On disk, before it is closed.
+    while _events(folder) != [(2, None, None), *_expected(RUN)]:
         assert time.monotonic() < end
         time.sleep(0.1)
-    first.close()
-    first.close()
-    again = etrace.TensorBoardLogger(str(folder))
-    again(4, {"loss": 9.0})
-    again.close()
-    assert _events(folder) == [*expected, (4, None, None), (4, "loss", 9.0)]
+    log.close()
+
+
+def test_scalars_of_a_run_that_goes_on(tmp_path):
+    """At once: within a second, all that tensorboardX tells its files apart by."""
+    expected = []
+    for run in (RUN[:2], RUN[1:]):
+        log = etrace.TensorBoardLogger(str(tmp_path))
+        _log(log, run)
+        log.close()
+        log.close()
+        expected += [(run[0][0], None, None), *_expected(run)]
+    assert _events(tmp_path) == expected
 
 
 # The bar.

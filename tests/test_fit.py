@@ -408,7 +408,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path, report_every):
     batches = list(batches)
     batches[2] = batches[2][0], batches[2][1] * jnp.nan
     options = {"path": path, "save_every": 2, "callbacks": [log]}
-    with pytest.raises(FloatingPointError, match="loss: got nan at step 3"):
+    with pytest.raises(FloatingPointError, match="loss: got nan at step 3") as caught:
         etrace.fit(
             graph,
             squares,
@@ -418,6 +418,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path, report_every):
             report_every=report_every,
             **options,
         )
+    assert caught.value.__context__ is None  # It is told once.
     assert [step for step, _ in log] == ([1, 2] if report_every == 1 else [])
     found = etrace.load_checkpoint(path, graph, like=start)
     assert found.step == 2
@@ -440,9 +441,19 @@ def test_params_that_are_not_finite_are_not_saved(tmp_path):
 
 def test_other_errors_save_what_there_is(tmp_path):
     graph, start, batches = _problem()
-    path = tmp_path / "run.eqx"
+    run = functools.partial(etrace.fit, graph, squares, OPTIMISER, start)
+
+    def stop(step, metrics):
+        if step == 2:
+            raise FloatingPointError("of somebody else")
+
+    path = tmp_path / "data.eqx"
     with pytest.raises(ValueError, match="batches: got a list of 1"):
-        etrace.fit(graph, squares, OPTIMISER, start, [*batches[:2], [1]], path=path)
+        run([*batches[:2], [1]], path=path)
+    assert etrace.load_checkpoint(path, graph, like=start).step == 2
+    path = tmp_path / "callback.eqx"
+    with pytest.raises(FloatingPointError, match="somebody else"):
+        run(batches, path=path, callbacks=[stop])
     assert etrace.load_checkpoint(path, graph, like=start).step == 2
 
 
