@@ -50,6 +50,10 @@ def _identical(got, expected):
         np.testing.assert_array_equal(a, b)
 
 
+def _fit(graph, start, batches, loss_fn=squares, **options):
+    return etrace.fit(graph, loss_fn, OPTIMISER, start, batches, **options)
+
+
 class Log(list):
     def __call__(self, step, metrics):
         self.append((step, metrics))
@@ -86,9 +90,7 @@ def test_updates_every_few_steps_are_those_of_learn(every):
     named = [{"xs": xs, "targets": ts} for xs, ts in batches]
     expected, losses = _loop(fun, start, named)
     log = Log()
-    got = etrace.fit(
-        graph, squares, OPTIMISER, start, batches, every=every, callbacks=[log]
-    )
+    got = _fit(graph, start, batches, every=every, callbacks=[log])
     _identical(got, expected)
     assert [step for step, _ in log] == [1, 2, 3, 4, 5]
     means = [metrics["loss"] for _, metrics in log]
@@ -100,22 +102,18 @@ def test_an_update_for_a_batch_is_that_of_its_gradient(options):
     graph, start, batches = _problem()
     named = [{"xs": xs, "targets": ts} for xs, ts in batches]
     expected, _ = _loop(_once(graph, squares, **options), start, named)
-    got = etrace.fit(graph, squares, OPTIMISER, start, iter(batches), **options)
+    got = _fit(graph, start, iter(batches), **options)
     _identical(got, expected)
 
 
 def _masked(batches):
     rng = np.random.default_rng(0)
     shape = STEPS, B
-    return [
-        {
-            "xs": xs,
-            "targets": ts,
-            "mask": rng.integers(0, 3, shape) / 2,
-            "reset": rng.uniform(size=shape) < 0.3,
-        }
-        for xs, ts in batches
-    ]
+    masks = [rng.integers(0, 3, shape) / 2 for _ in batches]
+    resets = [rng.uniform(size=shape) < 0.3 for _ in batches]
+    names = ("xs", "targets", "mask", "reset")
+    parts = zip(*zip(*batches, strict=True), masks, resets, strict=True)
+    return [dict(zip(names, part, strict=True)) for part in parts]
 
 
 def test_masks_and_resets():
@@ -124,16 +122,8 @@ def test_masks_and_resets():
     fun = functools.partial(_once(graph, each_square), initial=start.state)
     expected, losses = _loop(fun, start, batches)
     log = Log()
-    got = etrace.fit(
-        graph,
-        each_square,
-        OPTIMISER,
-        start,
-        batches,
-        initial=start.state,
-        callbacks=[log],
-        report_every=2,
-    )
+    options = {"initial": start.state, "callbacks": [log], "report_every": 2}
+    got = _fit(graph, start, batches, each_square, **options)
     _identical(got, expected)
     assert [step for step, _ in log] == [2, 4, 5]
     for (_, metrics), some in zip(log, ([0, 1], [2, 3], [4]), strict=True):
@@ -161,7 +151,7 @@ def test_new_sequences_begin_at_the_start(rule):
         lambda a: a + 1 if jnp.issubdtype(a.dtype, jnp.inexact) else a, start.trace
     )
     used = start._replace(trace=used)
-    got = etrace.fit(graph, squares, OPTIMISER, used, batches, carry=False)
+    got = _fit(graph, used, batches, carry=False)
     # XLA rounds zeros that it knows of otherwise than those that it is given.
     assert_same(got[:4], expected[:4])
     _identical(got[2:], expected[2:])
@@ -181,7 +171,7 @@ def test_what_comes_with_the_loss_is_a_metric():
 
     log = Log()
     options = {"has_aux": True, "carry": False, "callbacks": [log], "report_every": 9}
-    etrace.fit(graph, loss_fn, OPTIMISER, start, batches, **options)
+    _fit(graph, start, batches, loss_fn, **options)
     fun = jax.jit(etrace.value_and_grad(graph, loss_fn, has_aux=True))
     params, opt_state = start[:2]
     close, weights, total = [], [], 0.0
@@ -206,10 +196,7 @@ def test_what_comes_with_the_loss_is_a_metric():
 
 # Stopped, and gone on with.
 
-MODES = {
-    "stream": {"every": 2},
-    "sequences": {"carry": False},
-}
+MODES = {"stream": {"every": 2}, "sequences": {"carry": False}}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -256,9 +243,7 @@ def test_an_interrupt_leaves_the_last_whole_batch(tmp_path, where, donate):
 
     options = {"path": path, "save_every": 2, "evaluate": keep, "donate": donate}
     with pytest.raises(KeyboardInterrupt):
-        etrace.fit(
-            graph, squares, OPTIMISER, start, data(), callbacks=[interrupt], **options
-        )
+        _fit(graph, start, data(), callbacks=[interrupt], **options)
     found = etrace.load_checkpoint(path, graph, like=start)
     assert found.step == 3
     _identical(found[:4], seen[3])
@@ -285,16 +270,7 @@ def test_an_interrupt_within_a_batch(tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(jax, "jit", jit_and_interrupt)
             with pytest.raises(KeyboardInterrupt):
-                etrace.fit(
-                    graph,
-                    squares,
-                    OPTIMISER,
-                    start,
-                    batches,
-                    path=path,
-                    save_every=2,
-                    donate=donate,
-                )
+                _fit(graph, start, batches, path=path, save_every=2, donate=donate)
         saved[donate] = etrace.load_checkpoint(path, graph, like=start).step
     assert saved == {False: 3, True: 2}
 
@@ -318,10 +294,10 @@ def test_what_is_donated_is_not_what_was_given():
 def test_no_batch_changes_nothing(tmp_path):
     graph, start, _ = _problem()
     start, log = start._replace(step=7), Log()
-    got = etrace.fit(graph, squares, OPTIMISER, start, [], callbacks=[log])
+    got = _fit(graph, start, [], callbacks=[log])
     _identical(got, start)
     assert not log
-    got = etrace.fit(graph, squares, OPTIMISER, start._replace(trace=None), iter([]))
+    got = _fit(graph, start._replace(trace=None), iter([]))
     _identical(got, start)
 
 
@@ -343,7 +319,7 @@ def test_batches_of_one_shape_compile_once():
             calls.append(None)
             return squares(out, target)
 
-        etrace.fit(graph, loss_fn, OPTIMISER, start, batches)
+        _fit(graph, start, batches, loss_fn)
         return len(calls)
 
     one = traced(batches[:1])
@@ -385,7 +361,7 @@ def test_evaluation_joins_the_metrics():
         return {"norm": optax.tree.norm(now.params), "at": now.step}
 
     options = {"evaluate": evaluate, "callbacks": [log, other], "report_every": 5}
-    got = etrace.fit(graph, squares, OPTIMISER, start, batches, **options)
+    got = _fit(graph, start, batches, **options)
     ((step, metrics),) = log
     assert other == log and other[0][1] is not metrics
     assert list(metrics) == ["loss", "norm", "at"]
@@ -397,7 +373,7 @@ def test_a_mask_that_leaves_nothing_has_no_mean():
     graph, start, batches = _problem()
     log = Log()
     batches = [(*batches[0], np.zeros(STEPS))]
-    etrace.fit(graph, squares, OPTIMISER, start, batches, callbacks=[log])
+    _fit(graph, start, batches, callbacks=[log])
     assert math.isnan(log[0][1]["loss"])
 
 
@@ -409,15 +385,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path, report_every):
     batches[2] = batches[2][0], batches[2][1] * jnp.nan
     options = {"path": path, "save_every": 2, "callbacks": [log]}
     with pytest.raises(FloatingPointError, match="loss: got nan at step 3") as caught:
-        etrace.fit(
-            graph,
-            squares,
-            OPTIMISER,
-            start,
-            batches,
-            report_every=report_every,
-            **options,
-        )
+        _fit(graph, start, batches, report_every=report_every, **options)
     assert caught.value.__context__ is None  # It is told once.
     assert [step for step, _ in log] == ([1, 2] if report_every == 1 else [])
     found = etrace.load_checkpoint(path, graph, like=start)
@@ -435,7 +403,7 @@ def test_params_that_are_not_finite_are_not_saved(tmp_path):
 
     batches = [*batches[:3], (batches[3][0], jnp.zeros_like(batches[3][1]))]
     with pytest.raises(FloatingPointError, match="params: .* update of step 4"):
-        etrace.fit(graph, loss_fn, OPTIMISER, start, batches, path=path, save_every=1)
+        _fit(graph, start, batches, loss_fn, path=path, save_every=1)
     assert etrace.load_checkpoint(path, graph, like=start).step == 3
 
 
@@ -472,7 +440,7 @@ def test_what_is_no_batch_is_refused(name):
     graph, start, _ = _problem()
     batch, got = BATCH_ERRORS[name]
     with pytest.raises(ValueError, match=f"batches: got .*{got}.*expected .xs, targ"):
-        etrace.fit(graph, squares, OPTIMISER, start, [batch])
+        _fit(graph, start, [batch])
 
 
 OPTION_ERRORS = {
@@ -491,7 +459,7 @@ def test_wrong_options_are_refused_before_the_data(name):
     options, message = OPTION_ERRORS[name]
     batches = iter([1])
     with pytest.raises(ValueError, match=message):
-        etrace.fit(graph, squares, OPTIMISER, start, batches, **options)
+        _fit(graph, start, batches, **options)
     assert next(batches) == 1
 
 
@@ -511,16 +479,14 @@ def test_an_aux_that_is_no_number_is_refused(name):
     graph, start, batches = _problem()
     loss_fn, message = AUX_ERRORS[name]
     with pytest.raises(ValueError, match=message):
-        etrace.fit(graph, loss_fn, OPTIMISER, start, batches, has_aux=True)
+        _fit(graph, start, batches, loss_fn, has_aux=True)
 
 
 @pytest.mark.parametrize("found", [{"loss": 1.0}, {"rates": np.zeros(3)}])
 def test_an_evaluation_that_is_no_number_is_refused(found):
     graph, start, batches = _problem()
     with pytest.raises(ValueError, match="evaluate: got .* expected one number"):
-        etrace.fit(
-            graph, squares, OPTIMISER, start, batches[:1], evaluate=lambda now: found
-        )
+        _fit(graph, start, batches[:1], evaluate=lambda now: found)
 
 
 def test_a_start_of_another_type_is_refused():

@@ -76,7 +76,8 @@ def test_the_recipe_goes_on_where_it_stopped(names):
     for a, b in zip(_leaves(got), _leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
 
-    other = start._replace(state=jax.numpy.zeros(9))
+    # With other shapes it is refused as well, but Orbax then warns of its own threads.
+    other = start._replace(opt_state=())
     with ocp.CheckpointManager(os.path.abspath("orbax")) as manager:
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match="structures do not match"):
             manager.restore(10, args=ocp.args.StandardRestore(other))
