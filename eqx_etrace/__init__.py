@@ -1,5 +1,11 @@
 """Online learning of recurrent and spiking networks with eligibility traces."""
 
+from ._callbacks import (
+    CSVLogger as CSVLogger,
+    JSONLLogger as JSONLLogger,
+    TensorBoardLogger as TensorBoardLogger,
+    progress as progress,
+)
 from ._checkpoint import (
     Checkpoint as Checkpoint,
     load_checkpoint as load_checkpoint,
@@ -14,6 +20,7 @@ from ._compile import compile as compile
 from ._decision import Decision as Decision, Kind as Kind
 from ._drive import grad as grad, value_and_grad as value_and_grad
 from ._errors import CompileError as CompileError
+from ._fit import fit as fit
 from ._graph import ETraceGraph as ETraceGraph
 from ._group import HiddenGroup as HiddenGroup
 from ._inputs import (
