@@ -110,10 +110,11 @@ def _common_shape(key: str, shapes: Sequence[Shape]) -> Shape:
 def _input_shape(graph: Wiring, key: str) -> Shape:
     """That of the Input node, or else what its readers take."""
     shape = graph.nodes[key].input_type.get("input")
-    readers = (graph.nodes[b] for a, b in graph.edges if a == key)
-    for node in readers:
-        if shape is None and node.input_type:
-            shape = node.input_type.get("input")
+    for reader in (graph.nodes[b] for a, b in graph.edges if a == key):
+        takes = (reader.input_type or {}).get("input")
+        # Neurons with one number for all say nothing of their shape.
+        if shape is None and takes is not None and len(takes):
+            shape = takes
     if shape is None:
         raise ValueError(
             f"from_nir, node {key!r} (Input): got no shape, expected one. Set it: "

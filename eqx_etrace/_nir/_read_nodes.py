@@ -152,10 +152,11 @@ def _integrator(node: Any, shape: Shape, options: Options) -> Modules:
 def _linear(node: Any, shape: Shape, options: Options) -> Modules:
     del shape, options
     weight, bias = _array(node.weight), getattr(node, "bias", None)
-    if weight.ndim != 2 or (bias is not None and np.shape(bias) != weight.shape[:1]):
+    of_bias = weight.shape[:1] if bias is None else np.shape(bias)
+    if weight.ndim != 2 or of_bias != weight.shape[:1]:
         raise ValueError(
             f"got weights of shape {weight.shape} and biases of shape "
-            f"{np.shape(bias)}, expected (outputs, inputs) and (outputs,). Weights "
+            f"{of_bias}, expected (outputs, inputs) and (outputs,). Weights "
             "with more axes have no counterpart."
         )
     post, pre = weight.shape

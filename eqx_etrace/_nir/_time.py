@@ -43,7 +43,7 @@ class Steps:
 
     def tau_of(self, seconds: Any) -> np.ndarray:
         """The time constant of the library, ms, for one of NIR."""
-        tau = np.asarray(seconds, float) * SECOND
+        tau = np.asarray(np.asarray(seconds, float) * SECOND)
         if not np.all(tau > 0):
             raise ValueError(
                 f"got a time constant of {np.min(tau)} ms, expected one above 0. Look "
@@ -67,11 +67,11 @@ class Steps:
         """The time constant of NIR, s, for one of the library."""
         tau = np.asarray(tau, float)
         exact = self.discretisation == "exact"
-        return (tau if exact else self.dt / self.share(tau)) / SECOND
+        return np.asarray((tau if exact else self.dt / self.share(tau)) / SECOND)
 
     def share(self, tau: Any) -> np.ndarray:
         """How far a step goes to its target, for a time constant of the library."""
-        return -np.expm1(-self.dt / np.asarray(tau, float))
+        return np.asarray(-np.expm1(-self.dt / np.asarray(tau, float)))
 
     def count(self, seconds: Any) -> np.ndarray:
         """A delay in steps."""
@@ -83,4 +83,4 @@ class Steps:
                 f"got a delay of {np.asarray(seconds) * SECOND} ms, expected multiples "
                 f"of dt = {self.dt} ms. Take a smaller `dt`, or round the delays."
             )
-        return whole.astype(int)
+        return np.asarray(whole, int)

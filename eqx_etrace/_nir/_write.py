@@ -240,7 +240,8 @@ def _check_single(path: str, module: Network) -> None:
     if len(module.inputs) != 1 or len(module.outputs) != 1:
         raise ValueError(
             f"to_nir, `{_name(path)}`: got a network of {len(module.inputs)} inputs "
-            f"and {len(module.outputs)} outputs inside another one, expected one of each."
+            f"and {len(module.outputs)} outputs inside another one, expected one of "
+            "each. Write it on its own."
         )
 
 

@@ -156,7 +156,7 @@ def _conv(module: Any, shape: Shape, context: Context) -> list[Any]:
     weight = np.asarray(conv.weight)
     zeros = np.zeros(conv.out_channels, weight.dtype)
     bias = zeros if conv.bias is None else np.asarray(conv.bias).reshape(-1)
-    kind = nir.Conv1d if axes == 1 else nir.Conv2d
+    kind: Any = nir.Conv1d if axes == 1 else nir.Conv2d
     padding = _conv_padding(conv)
     options = (conv.stride, padding, conv.dilation)
     if axes == 1:
@@ -198,7 +198,7 @@ def _pool(module: Any, shape: Shape, context: Context) -> list[Any]:
             "init 0 and `lax.add` over two axes, without `use_ceil`."
         )
     sizes = module.kernel_size, module.stride, _symmetric(module.padding)
-    kind = nir.AvgPool2d if average else nir.SumPool2d
+    kind: Any = nir.AvgPool2d if average else nir.SumPool2d
     return [kind(*(np.array(size) for size in sizes))]
 
 
@@ -252,4 +252,4 @@ MODULES: dict[type, Callable[[Any, Shape, Context], list[Any]]] = {
     nn.SpikeCount: _spike_count,
 }
 
-FUNCTIONS = {jnp.ravel: _ravel}
+FUNCTIONS: dict[Any, Callable[[Any, Shape, Context], list[Any]]] = {jnp.ravel: _ravel}
