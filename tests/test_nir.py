@@ -15,7 +15,6 @@ from eqx_etrace import nn
 
 
 STEPS, DT = 40, 2.0
-RNG = np.random.default_rng(0)
 PRECISIONS = {"float32": 1e-5, "float64": 1e-9}
 
 
@@ -29,13 +28,15 @@ def run(model, xs):
 
 
 def _u(low, high, *shape):
-    return RNG.uniform(low, high, shape)
+    """Numbers that do not depend on what else is drawn."""
+    seed = [*shape, round(100 * (low + 10)), round(100 * (high + 10))]
+    return np.random.default_rng(seed).uniform(low, high, shape)
 
 
 def _lif(shape, r=None, tau=None):
     return nir.LIF(
         tau=_u(0.004, 0.03, *shape) if tau is None else tau,
-        r=_u(1, 3, *shape) if r is None else r,
+        r=_u(2, 6, *shape) if r is None else r,
         v_leak=_u(-0.3, 0.3, *shape),
         v_threshold=_u(0.4, 0.8, *shape),
         v_reset=_u(-0.5, 0.0, *shape),
@@ -202,6 +203,18 @@ def _residual():
     return nn.Sequential([nn.Residual(nn.Sequential(block)), readout]), (4,)
 
 
+def _shared_synapse():
+    """Synapses that are no part of one node: other things read or bring the current."""
+    neurons = [nn.LIF(3, tau=t, resistance=5.0, dt=DT, reset="value") for t in (5, 9)]
+    layers = [
+        nn.Exponential(3, tau=3.0, dt=DT),
+        nn.Residual(neurons[0]),
+        nn.Residual(nn.Exponential(3, tau=7.0, dt=DT)),
+        neurons[1],
+    ]
+    return nn.Sequential(layers), (3,)
+
+
 def _soft():
     layers = [
         _made(nn.Dense, 3, 6),
@@ -218,6 +231,7 @@ MODELS = {
     "line": _line,
     "recurrent": _recurrent,
     "residual": _residual,
+    "shared synapse": _shared_synapse,
     "soft": _soft,
 }
 

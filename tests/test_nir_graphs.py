@@ -7,18 +7,15 @@ import nir_reference
 import numpy as np
 import pytest
 from oracles import quick_jit
-from test_nir import DT, _cuba_lif, _flat, _inputs, _lif, run
+from test_nir import DT, _cuba_lif, _flat, _inputs, _lif, _u, run
 
 import eqx_etrace as etrace
 from eqx_etrace import nn
 from eqx_etrace._nir._topology import wiring
 
 
-RNG = np.random.default_rng(7)
-
-
 def _w(post, pre):
-    return RNG.uniform(-0.8, 1.0, (post, pre))
+    return _u(-0.8, 1.0, post, pre)
 
 
 def _ends(size, out=None):
@@ -40,7 +37,7 @@ def _layer():
 
 
 def _affine(post, pre):
-    return nir.Affine(_w(post, pre), RNG.uniform(-0.3, 0.3, post))
+    return nir.Affine(_w(post, pre), _u(-0.3, 0.3, post))
 
 
 def _nested():
@@ -60,7 +57,7 @@ def _deeply_nested():
 
 
 def _skip():
-    nodes = {**_ends(4), "a": _affine(4, 4), "b": _lif((4,), r=np.full(4, 6.0))}
+    nodes = {**_ends(4), "a": _affine(4, 4), "b": _lif((4,), r=np.full(4, 9.0))}
     nodes["c"] = _affine(4, 4)
     edges = ("input a", "a b", "b c", "a c", "input c", "c output", "b output")
     return _graph(nodes, *edges)
@@ -69,7 +66,7 @@ def _skip():
 def _two_populations():
     """Each excites or inhibits the other and itself; one gets the input."""
     nodes = {**_ends(3, 5), "in": _affine(5, 3), "exc": _lif((5,)), "inh": _lif((4,))}
-    excites = nir.Linear(2 * np.abs(_w(4, 5)))
+    excites = nir.Linear(4 * np.abs(_w(4, 5)))
     nodes |= {"ee": _affine(5, 5), "ei": excites, "ie": nir.Linear(-_w(5, 4))}
     edges = ("input in", "in exc", "exc ee", "ee exc", "exc ei", "ei inh", "inh ie")
     return _graph(nodes, *edges, "ie exc", "exc output")
@@ -248,7 +245,7 @@ def _synaptic_of_snntorch(size):
 
 @pytest.mark.parametrize("reset", ["value", "subtract"])
 def test_a_network_of_snntorch(reset, tmp_path):
-    weights = [0.5 * _w(4, 3), 0.4 * _w(4, 4), 0.5 * _w(2, 4)]
+    weights = [0.5 * _w(4, 3), 0.4 * _w(4, 4), 0.1 * np.abs(_w(2, 4))]
     layer = _graph(
         {
             **_ends(4),
