@@ -265,7 +265,7 @@ def test_exact_time_constants(name, tmp_path):
         np.testing.assert_allclose(graph.nodes["lif"].tau, np.linspace(3, 20, 6) / 1000)
 
 
-@pytest.mark.parametrize("name", ["stack", "recurrent", "residual"])
+@pytest.mark.parametrize("name", ["stack", "recurrent", "residual", "shared synapse"])
 def test_a_written_graph_follows_its_equations(name):
     model, shape = MODELS[name]()
     xs = 2 * _inputs(shape)
