@@ -157,9 +157,9 @@ def _stack():
         nn.Exponential(5, tau=4.0, dt=DT),
         nn.LIF(5, resistance=9.0, v_rest=0.1, v_reset=-0.2, dt=DT, reset="value"),
         _made(nn.Sparse, 5, 4, 2),
-        nn.Sequential([nn.Exponential(4, dt=DT), nn.LI(4, dt=DT)]),
+        nn.Sequential([nn.Exponential(4, tau=3.0, dt=DT), nn.LI(4, tau=3.0, dt=DT)]),
         _made(eqx.nn.Linear, 4, 2),
-        nn.IF(2, threshold=0.5, capacitance=3.0, dt=DT, reset="value"),
+        nn.IF(2, threshold=1.5, capacitance=0.8, dt=DT, reset="value"),
         nn.SpikeCount(2),
     ]
     return nn.Sequential(layers), (3,)
@@ -205,7 +205,7 @@ def _residual():
 
 def _shared_synapse():
     """Synapses that are no part of one node: other things read or bring the current."""
-    neurons = [nn.LIF(3, tau=t, resistance=5.0, dt=DT, reset="value") for t in (5, 9)]
+    neurons = [nn.LIF(3, tau=t, resistance=0.7, dt=DT, reset="value") for t in (5, 9)]
     layers = [
         nn.Exponential(3, tau=3.0, dt=DT),
         nn.Residual(neurons[0]),
@@ -220,7 +220,8 @@ def _soft():
         _made(nn.Dense, 3, 6),
         nn.LIF(6, resistance=9.0, v_reset=0.1, dt=DT),
         _made(nn.Dense, 6, 6),
-        nn.IF(6, dt=DT, reset="none"),
+        nn.LIF(6, tau=4.0, resistance=2.5, dt=DT, reset="none"),
+        nn.IF(6, threshold=2.5, dt=DT),
     ]
     return nn.Sequential(layers), (3,)
 
@@ -336,7 +337,9 @@ def test_what_is_noted_can_be_overruled():
     hard = etrace.from_nir(graph, reset="value")
     assert hard.layers[1].firing.reset == "value"
     assert np.any(run(hard, xs) != run(model, xs))
-    other = etrace.from_nir(graph, dt=1.0, discretisation="exact")
+    spike = nn.arctan()
+    other = etrace.from_nir(graph, dt=1.0, discretisation="exact", spike=spike)
+    assert {other.layers[i].firing.spike for i in (1, 3, 4)} == {spike}
     assert other.layers[1].dt == 1.0
     # 20 ms in steps of 2 ms decay to exp(-0.1); Euler's method would have 1 - 0.1.
     tau = np.asarray(graph.nodes["lif"].tau, float)

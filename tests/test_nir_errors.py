@@ -214,6 +214,11 @@ def _conv_of(**options):
     return _made(eqx.nn.Conv2d, 2, 4, 3, **options)
 
 
+class Cell(eqx.Module):
+    def __call__(self, x, state):
+        return x, state
+
+
 IMAGE = jax.ShapeDtypeStruct((2, 5, 4), jnp.float64)
 
 # A model, options, and what the message says.
@@ -233,6 +238,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "`neuron`: got `Refractory`",
     ),
+    "a cell of one's own": (Cell, {"x": np.ones(2)}, "`model`: got `Cell`"),
     "a layer of Equinox": (
         eqx.nn.PReLU,
         {"x": np.ones(2)},

@@ -7,7 +7,7 @@ import nir_reference
 import numpy as np
 import pytest
 from oracles import quick_jit
-from test_nir import DT, _cuba_lif, _flat, _inputs, _lif, _u, run
+from test_nir import DT, MODELS, _cuba_lif, _flat, _inputs, _lif, _u, run
 
 import eqx_etrace as etrace
 from eqx_etrace import nn
@@ -91,6 +91,16 @@ def _shared_weights():
     return _graph(nodes, "input w", "w lif", "lif w", "lif output")
 
 
+def _two_ways_in():
+    nodes = {**_ends(4), "w": _affine(4, 4), "lif": _lif((4,))}
+    return _graph(nodes, "input w", "input lif", "w lif", "lif w", "lif output")
+
+
+def _two_ways_out():
+    nodes = {**_ends(4), "w": _affine(4, 4), "lif": _lif((4,))}
+    return _graph(nodes, "input lif", "w lif", "lif w", "w output", "lif output")
+
+
 # The graph, the order in which the reference calls its nodes, and what it becomes.
 NESTED = ["fc1", "lif1.input", "lif1.w_rec", "lif1.lif", "lif1.output", "fc2", "output"]
 DEEP = [
@@ -111,6 +121,8 @@ GRAPHS = {
     ),
     "leaky loop": (_leaky_loop(), "delay w li output".split(), "Recurrent"),
     "on itself": (_on_itself(), "lif output".split(), "Recurrent"),
+    "two ways in": (_two_ways_in(), "w lif output".split(), "Dense LIF"),
+    "two ways out": (_two_ways_out(), "w lif output".split(), "Dense LIF"),
     "shared weights": (_shared_weights(), "w lif output".split(), "Recurrent"),
 }
 
@@ -298,19 +310,39 @@ def _squares(out, target):
     return jnp.sum((out - target) ** 2)
 
 
+def _gradient(net, xs, size):
+    """Of every weight, after the compiler has found a use for each."""
+    compiled = etrace.compile(net, net.init_state(), xs[0])
+    assert etrace.Kind.UNUSED not in {d.kind for d in compiled.decisions}
+    fun = quick_jit(etrace.value_and_grad(compiled, _squares))
+    targets = jnp.ones((len(xs), *size))
+    losses, grads, *_ = fun(compiled.params(net), net.init_state(), None, xs, targets)
+    assert losses.shape == (len(xs),) and np.all(np.isfinite(losses))
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    zero = [jax.tree_util.keystr(path) for path, g in leaves if not np.any(g)]
+    assert not zero
+    return jax.tree.leaves(grads)
+
+
 @pytest.mark.parametrize("name", ["nested", "two populations"])
 def test_what_comes_back_trains(name):
     graph, *_ = GRAPHS[name]
     net = etrace.from_nir(graph, dt=DT, trainable="tau")
-    xs = jnp.asarray(_sample(graph)[:20])
-    size = int(graph.nodes["output"].output_type["output"][0])
-    compiled = etrace.compile(net, net.init_state(), xs[0])
-    assert etrace.Kind.UNUSED not in {d.kind for d in compiled.decisions}
-    fun = quick_jit(etrace.value_and_grad(compiled, _squares))
-    params, targets = compiled.params(net), jnp.ones((20, size))
-    losses, grads, *_ = fun(params, net.init_state(), None, xs, targets)
-    assert losses.shape == (20,) and np.all(np.isfinite(losses))
-    leaves = jax.tree_util.tree_leaves_with_path(grads)
-    zero = [jax.tree_util.keystr(path) for path, g in leaves if not np.any(g)]
-    assert not zero
-    assert len(leaves) == {"nested": 8, "two populations": 8}[name]
+    size = graph.nodes["output"].output_type["output"]
+    grads = _gradient(net, jnp.asarray(_sample(graph)[:20]), size)
+    # Weights, biases and time constants.
+    assert len(grads) == 8
+
+
+@pytest.mark.parametrize("name", ["convolutions", "recurrent"])
+def test_gradients_survive_the_way(name):
+    net, shape = MODELS[name]()
+    xs = jnp.asarray(2 * _inputs(shape)[:20])
+    back = etrace.from_nir(etrace.to_nir(net, xs[0]))
+    size = jax.eval_shape(lambda: net(xs[0], net.init_state())[0]).shape
+    found, expected = _gradient(back, xs, size), _gradient(net, xs, size)
+    if name == "convolutions":
+        # A convolution without biases has come back with zeros for them.
+        found = [g for g in found if g.size != 4]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)

@@ -13,6 +13,20 @@ from ..nn._parameters import Parameter
 from ..nn._shapes import check_input
 
 
+Shape = tuple[int, ...]
+
+
+def out_shape(where: str, module: Any, shape: Shape) -> Shape:
+    """That of what any module returns for an input of a shape."""
+    x = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+    state = jax.eval_shape(lambda: _initial(module))
+
+    def out(x: Any, state: Any) -> Any:
+        return _call(where, module, x, state, None)[0]
+
+    return jax.eval_shape(out, x, state).shape
+
+
 class Stateless(eqx.Module):
     """The convention `(x, state) -> (out, state)` for what remembers nothing."""
 

@@ -4,15 +4,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import nir
 import numpy as np
 
-from ..nn._containers import _call, _initial
 from ..nn._neurons import UNIT_SPIKE, Reset, Spike
 from ._assemble import Parts, assemble
-from ._read_nodes import NODES, TRAINABLE, Modules, Options, Shape
+from ._modules import Shape, out_shape
+from ._read_nodes import NODES, TRAINABLE, Modules, Options
 from ._time import DISCRETISATIONS, SECOND, Steps
 from ._topology import Wiring, wiring
 
@@ -139,14 +137,8 @@ def _made(key: str, node: Any, shape: Shape, options: Options) -> Modules:
 
 
 def _out_shape(key: str, node: Any, module: Any, shape: Shape) -> Shape:
-    x = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
-    state = jax.eval_shape(lambda: _initial(module))
-
-    def out(x: Any, state: Any) -> Any:
-        return _call(key, module, x, state, None)[0]
-
     try:
-        return jax.eval_shape(out, x, state).shape
+        return out_shape(key, module, shape)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"from_nir, node {key!r} ({type(node).__name__}): got an input of shape "

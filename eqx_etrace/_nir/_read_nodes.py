@@ -13,11 +13,10 @@ import numpy as np
 
 from .. import nn
 from ..nn._neurons import Reset, Spike
-from ._modules import Flatten, Scale, Threshold
+from ._modules import Flatten, Scale, Shape, Threshold
 from ._time import SECOND, Steps
 
 
-Shape = tuple[int, ...]
 Modules = list[tuple[str, Any]]
 """What a node becomes, one after the other, with what is added to its key."""
 
@@ -207,7 +206,7 @@ def _convolution(axes: int) -> Callable[..., Modules]:
             key=jax.random.key(0),
         )
         ones = (1,) * axes
-        bias = None if node.bias is None else np.reshape(node.bias, (-1, *ones))
+        bias = None if node.bias is None else np.asarray(node.bias).reshape(-1, *ones)
         return [("", _filled(blank, lambda m: m.conv, weight, bias))]
 
     return made

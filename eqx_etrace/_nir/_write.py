@@ -12,10 +12,10 @@ import nir
 import numpy as np
 
 from .. import nn
-from ..nn._containers import _call, _Function, _initial
-from ._modules import Network
+from ..nn._containers import _Function
+from ._modules import Network, Shape, out_shape
 from ._time import DISCRETISATIONS, Steps
-from ._write_nodes import CUBA, FUNCTIONS, MODULES, Context, Shape
+from ._write_nodes import CUBA, FUNCTIONS, MODULES, Context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Builder:
             return value
         if type(module) is nn.Residual:
             out = self.emit(f"{path}.layer", module.layer, value)
-            _out_shape(path, module, value.shape)
+            out_shape(_name(path), module, value.shape)
             return Value((*value.sources, *out.sources), value.shape)
         if type(module) is nn.Recurrent:
             return self.recurrent(path, module, value)
@@ -157,8 +157,9 @@ class Builder:
             return self.network(path, module, [value]).popitem()[1]
         if type(module) in (nn.Delta, eqx.nn.Identity):
             return value
-        shape = _out_shape(path, module, value.shape)
-        for node in _nodes(path, module, value.shape, self.context):
+        make = _maker(path, module)
+        shape = out_shape(_name(path), module, value.shape)
+        for node in _nodes(path, module, make, value.shape, self.context):
             node.input_type = {"input": np.array(value.shape, int)}
             # Of several nodes the first is a product, and changes the shape.
             node.output_type = {"output": np.array(shape, int)}
@@ -176,7 +177,7 @@ class Builder:
             out = inner.emit(f"{path}.synapse", module.synapse, out)
         out = inner.emit(f"{path}.neuron", module.neuron, out)
         back = inner.emit(f"{path}.connection", module.connection, out)
-        _out_shape(path, module, value.shape)
+        out_shape(_name(path), module, value.shape)
         inner.later("<back>", back.sources)
         inner.output("output", out)
         return self.add(inner.graph({}), value, out.shape, "recurrent")
@@ -245,17 +246,8 @@ def _check_single(path: str, module: Network) -> None:
         )
 
 
-def _out_shape(path: str, module: Any, shape: Shape) -> Shape:
-    x = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
-    state = jax.eval_shape(lambda: _initial(module))
-    name = _name(path)
-    return jax.eval_shape(
-        lambda x, s: _call(name, module, x, s, None)[0], x, state
-    ).shape
-
-
-def _nodes(path: str, module: Any, shape: Shape, context: Context) -> list[Any]:
-    function = getattr(module, "fun", None) if type(module) is _Function else None
+def _maker(path: str, module: Any) -> Callable[..., list[Any]]:
+    function = module.fun if type(module) is _Function else None
     if isinstance(module, eqx.nn.Lambda):
         function = module.fn
     make = FUNCTIONS.get(function) if function else MODULES.get(type(module))
@@ -266,6 +258,16 @@ def _nodes(path: str, module: Any, shape: Shape, context: Context) -> list[Any]:
             f"to_nir, `{_name(path)}`: got `{name}`, expected one of {known}, "
             "Sequential, Residual, Recurrent or `jnp.ravel`. NIR has no node for it."
         )
+    return make
+
+
+def _nodes(
+    path: str,
+    module: Any,
+    make: Callable[..., list[Any]],
+    shape: Shape,
+    context: Context,
+) -> list[Any]:
     try:
         return make(module, shape, context)
     except ValueError as error:

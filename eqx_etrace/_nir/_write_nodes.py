@@ -11,11 +11,8 @@ import nir
 import numpy as np
 
 from .. import nn
-from ._modules import Flatten, Scale, Threshold
+from ._modules import Flatten, Scale, Shape, Threshold
 from ._time import SECOND, Steps
-
-
-Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
