@@ -35,6 +35,7 @@ from ._inspect import (
 )
 from ._learn import learn as learn
 from ._monitor import Monitor as Monitor, monitor as monitor
+from ._nir import from_nir as from_nir, to_nir as to_nir
 from ._op_rules import OpRule as OpRule, OpUse as OpUse
 from ._plan import MemoryPlan as MemoryPlan, TraceBytes as TraceBytes, plan as plan
 from ._relation import Relation as Relation
