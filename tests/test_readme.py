@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from snippets import default_modes
 
 import eqx_etrace as etrace
 
@@ -22,13 +23,8 @@ def _block(language):
 
 @pytest.fixture(scope="module")
 def example():
-    # As a user runs it: in JAX's default modes, not in the strict ones of the tests.
     names = {}
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with default_modes():
         exec(compile(_block("python"), "README.md", "exec"), names)
         yield names
 

@@ -1,0 +1,30 @@
+"""Every Python block of the pages runs, and the pages are what the site needs."""
+
+import pytest
+from snippets import ROOT, page_blocks, run
+
+
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page_blocks(page.read_text("utf-8"))
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+
+
+@pytest.mark.parametrize("name", [name for name, found in PAGES.items() if found])
+def test_blocks_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(name, PAGES[name])
+    capsys.readouterr()
+
+
+def test_a_block_that_fails_is_found():
+    text = "# A page\n\n```python\nx = 1\n```\n\nand\n\n```python\nassert x == 2\n```\n"
+    with pytest.raises(AssertionError) as caught:
+        run("a page", page_blocks(text))
+    last = caught.traceback[-1]
+    assert str(last.path).endswith("a page") and last.lineno + 1 == 10
+
+
+def test_comments_run_in_order():
+    text = "<!-- run:\nx = 1\n-->\n```python\ny = x + 1\n```\n<!-- run:\nz = y\n-->\n"
+    assert run("a page", page_blocks(text))["z"] == 2
