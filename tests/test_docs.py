@@ -1,12 +1,13 @@
-"""Every Python block of the pages runs, and the pages are what the site needs."""
+"""Every Python block of the pages runs."""
 
 import pytest
 from snippets import ROOT, page_blocks, run
 
 
+# Those of the README are run in `test_readme.py`.
 PAGES = {
     page.relative_to(ROOT).as_posix(): page_blocks(page.read_text("utf-8"))
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for page in sorted((ROOT / "docs").rglob("*.md"))
 }
 
 

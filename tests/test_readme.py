@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from snippets import default_modes
+from snippets import blocks, default_modes
 
 import eqx_etrace as etrace
 
@@ -23,10 +23,14 @@ def _block(language):
 
 @pytest.fixture(scope="module")
 def example():
+    first, *others = blocks(README)
     names = {}
     with default_modes():
-        exec(compile(_block("python"), "README.md", "exec"), names)
-        yield names
+        exec(compile(first, "README.md", "exec"), names)
+        of_first = dict(names)
+        for block in others:
+            exec(compile(block, "README.md", "exec"), names)
+        yield of_first
 
 
 def test_loss_falls(example):
