@@ -11,7 +11,17 @@ PAGES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, found in PAGES.items() if found])
+SLOW = {
+    f"docs/{page}.md"
+    for page in ("coming-from", "faq", "plots", "tools", "writing-a-rule")
+}
+
+
+def _marked(name):
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+
+
+@pytest.mark.parametrize("name", [_marked(name) for name in PAGES if PAGES[name]])
 def test_blocks_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(name, PAGES[name])
