@@ -5,6 +5,7 @@ import os
 import nbclient
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 from snippets import ROOT
 
 
@@ -69,5 +70,5 @@ def test_runs(path, tmp_path):
 def test_a_cell_that_fails_is_found(tmp_path):
     cells = [nbformat.v4.new_code_cell(text) for text in ("x = 1", "assert x == 2")]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
+    with pytest.raises(CellExecutionError, match="AssertionError"):
         _execute(notebook, tmp_path)

@@ -34,7 +34,7 @@ class Signatures(griffe.Extension):
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         if "__init__" in cls.members or not cls.parent or not cls.parent.is_module:
             return
-        thing = getattr(importlib.import_module(cls.parent.path), cls.name, None)
+        thing: Any = getattr(importlib.import_module(cls.parent.path), cls.name, None)
         fields = getattr(thing, "__dataclass_fields__", getattr(thing, "_fields", ()))
         if not fields or inspect.isabstract(thing):
             return
