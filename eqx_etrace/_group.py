@@ -40,10 +40,10 @@ class HiddenGroup(eqx.Module):
     - `dtype`: what all slots promote to, the dtype of `concat`.
     - `input_specs`: shapes and dtypes of the `inputs` that `transition` takes;
       `graph.input_names(number)` says what they are.
-    - `transition_matrix`: S x S booleans; entry [s'][s] says whether the old slot s of
-      a unit acts on its new slot s' directly (the structure of D).
-    - `within_matrix`: S x S booleans; entry [s'][s] says whether the *new* slot s acts
-      on the new slot s' in the same step (the structure of L).
+    - `transition_matrix`: S x S booleans; entry `[s'][s]` says whether the old slot s
+      of a unit acts on its new slot s' directly (the structure of D).
+    - `within_matrix`: S x S booleans; entry `[s'][s]` says whether the *new* slot s
+      acts on the new slot s' in the same step (the structure of L).
     - `order`: the slots in an order in which L is strictly triangular.
     - `silent`: per slot, whether nothing but its own unit's new state reads it, so
       that its learning signal is zero unless the loss reads the state itself.

@@ -1,42 +1,12 @@
 """Every public name has a docstring with an example, and every example runs."""
 
 import inspect
-import re
-import textwrap
 
-import jax
-import matplotlib.pyplot as plt
 import pytest
+from snippets import blocks, run
 
 import eqx_etrace
 from eqx_etrace import nn, plot, tasks
-
-
-# What the examples take for granted: a model, its graph and one sample of data.
-PREAMBLE = """
-import dataclasses
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import eqx_etrace
-from eqx_etrace import nn, tasks
-
-class Net(eqx.Module):
-    cell: eqx.nn.GRUCell
-    readout: eqx.nn.Linear
-
-    def __call__(self, x, state):
-        state = self.cell(x, state)
-        return self.readout(state), state
-
-key = jax.random.key(0)
-net = Net(eqx.nn.GRUCell(3, 8, key=key), eqx.nn.Linear(8, 2, key=key))
-state, x, target = jnp.zeros(8), jnp.ones(3), jnp.ones(2)
-graph = eqx_etrace.compile(net, state, x)
-params, trace = graph.params(net), eqx_etrace.init_trace(graph)
-xs, targets = jnp.ones((12, 3)), jnp.ones((12, 2))
-loss_fn = lambda out, target: jnp.sum((out - target) ** 2)
-"""
 
 
 DATA = {"tasks.japanese_vowels", "tasks.gun_point", "tasks.basic_motions"}
@@ -66,9 +36,7 @@ NAMES = [
 
 
 def _examples(thing):
-    text = inspect.getdoc(thing) or ""
-    blocks = re.findall(r"^ *```python\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(block) for block in blocks]
+    return blocks(inspect.getdoc(thing) or "")
 
 
 EXAMPLES = {
@@ -90,16 +58,7 @@ def test_public_names_have_an_example(name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name, capsys):
-    # As a user runs them: in JAX's default modes, not in the strict ones of the tests.
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        names = {}
-        exec(compile(PREAMBLE, "preamble", "exec"), names)
-        exec(compile(EXAMPLES[name], name, "exec"), names)
-    plt.close("all")
+    run(name, [(1, EXAMPLES[name])])
     capsys.readouterr()
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from snippets import blocks, default_modes
 
 import eqx_etrace as etrace
 
@@ -22,15 +23,14 @@ def _block(language):
 
 @pytest.fixture(scope="module")
 def example():
-    # As a user runs it: in JAX's default modes, not in the strict ones of the tests.
+    first, *others = blocks(README)
     names = {}
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        exec(compile(_block("python"), "README.md", "exec"), names)
-        yield names
+    with default_modes():
+        exec(compile(first, "README.md", "exec"), names)
+        of_first = dict(names)
+        for block in others:
+            exec(compile(block, "README.md", "exec"), names)
+        yield of_first
 
 
 def test_loss_falls(example):

@@ -275,6 +275,7 @@ class URLSTM(eqx.Module):
 
     $$f = \sigma(L_f(x, h) + b), \quad r = \sigma(L_r(x, h) - b), \quad
     g = r \circ (1 - (1 - f)^2) + (1 - r) \circ f^2$$
+
     $$c' = g \circ c + (1 - g) \circ \tanh(L_u(x, h)), \qquad
     h' = \sigma(L_o(x, h)) \circ \tanh(c')$$
 

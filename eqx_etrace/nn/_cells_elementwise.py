@@ -201,6 +201,7 @@ class QuasiLSTM(eqx.Module):
     $$f = \sigma(W_f x + w_f \circ c + b_f), \qquad
     z = \tanh(W_z x + w_z \circ c + b_z), \qquad
     c' = f \circ c + (1 - f) \circ z$$
+
     $$\text{out} = \sigma(W_o x + U_o c' + b_o) \circ c'$$
 
     with f in `forget` and z in `candidate`, whose `weight_hh` is a vector, and the

@@ -173,6 +173,7 @@ class RTU(eqx.Module):
 
     $$c_1' = g \circ c_1 - \varphi \circ c_2 + \gamma \circ (W_1 x), \qquad
     c_2' = g \circ c_2 + \varphi \circ c_1 + \gamma \circ (W_2 x)$$
+
     $$\text{out} = \phi([c_1', c_2']), \qquad g = r \cos \theta, \quad
     \varphi = r \sin \theta, \quad \gamma = \sqrt{1 - r^2}, \quad r = e^{-\nu}$$
 
