@@ -323,7 +323,11 @@ def study(load, names, size, patience):
     for name in (name for name in names if name in graphs):
         signals = list(map(functools.partial(from_outside, name), cases, outs))
         args = graphs[name], name, cases[0], signals[0]
-        fresh, runners[name] = forward_in_time(*args)
+        try:
+            fresh, runners[name] = forward_in_time(*args)
+        except TypeError as error:  # of JAX, where a trace changes its dtype
+            reasons[name] = f"it does not run: {str(error).splitlines()[0]}"
+            continue
         found = [vector(grads, traced) for grads in map(fresh, cases, signals)]
         alike[name] = together(map(compare, found, truths))
         print(".", end="", flush=True)
