@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from eqx_etrace import nn, tasks
 
 
-STIMULI, CLASSES = 4, 2
+SYMBOLS = 4
+INPUTS, CLASSES = SYMBOLS + 2, SYMBOLS + 1
 TAU_OUT = 5.0  # time steps, of the leaky readout
 
 
@@ -33,12 +34,12 @@ class Net(eqx.Module):
 
 
 def gru(units, key):
-    return nn.GRU(eqx.nn.GRUCell(STIMULI, units, key=key))
+    return nn.GRU(eqx.nn.GRUCell(INPUTS, units, key=key))
 
 
 def lru(units, key):
     # All it has to remember is in eigenvalues near one.
-    cell = nn.LRU(STIMULI, units, units, r_min=0.9, r_max=0.99, key=key)
+    cell = nn.LRU(INPUTS, units, units, r_min=0.9, r_max=0.99, key=key)
     return nn.Sequential([cell, jax.nn.gelu])
 
 
@@ -49,7 +50,7 @@ def spiking(neuron, units, key):
         units, tau=10.0, resistance=20 / tau, spike=nn.superspike(slope=2.0, scale=0.3)
     )
     layer = nn.Recurrent(made, synapse=nn.Exponential(units, tau=tau), key=two)
-    return nn.Sequential([nn.Dense(STIMULI, units, key=one), layer])
+    return nn.Sequential([nn.Dense(INPUTS, units, key=one), layer])
 
 
 class Kind(NamedTuple):
@@ -86,8 +87,8 @@ class Data(NamedTuple):
 
 
 def make_data(key, size):
-    options = {"stimuli": STIMULI, "delay_steps": size["delay"], "noise": 0.1}
-    task = functools.partial(tasks.delayed_match_to_sample, **options)
+    options = {"symbols": SYMBOLS, "length": 2, "delay": size["delay"]}
+    task = functools.partial(tasks.copy, **options)
     return Data(*jax.vmap(task, out_axes=1)(jax.random.split(key, size["batch"])))
 
 

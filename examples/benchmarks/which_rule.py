@@ -1,11 +1,11 @@
 """Every rule on four networks: its gradient next to BPTT, its memory, its time.
 
 A GRU, a linear recurrent unit, and recurrent LIF and adaptive LIF neurons with synaptic
-currents learn by backpropagation through time (BPTT) to say whether two stimuli are the
-same, with silence between. At the weights where that leads, on fresh data, each rule
-gives its gradient of the weights in front of the readout: the cosine with that of BPTT
-and the ratio of norms. All run in turns in one process, for times to be read next to
-BPTT. A rule that a network cannot have says why.
+currents learn by backpropagation through time (BPTT) to repeat two symbols after a
+delay. At the weights where that leads, on fresh data, each rule gives its gradient of
+the weights in front of the readout: the cosine with that of BPTT and the ratio of
+norms. All run in turns in one process, for times to be read next to BPTT. A rule that a
+network cannot have says why.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from machine import machine
 from methods import BPTT, Runner, size_of
 from which_networks import (
     CLASSES,
+    INPUTS,
     NETS,
-    STIMULI,
     Data,
     Net,
     forward,
@@ -61,7 +61,7 @@ def hybrid():
     """Exact traces but for the recurrent weights."""
 
     def recurrent(path, shape):
-        return len(shape) == 2 and shape[1] > STIMULI
+        return len(shape) == 2 and shape[1] > INPUTS
 
     return etrace.ByWeight(etrace.DRTRL(), [(recurrent, etrace.ESDRTRL(0.9))])
 
@@ -211,7 +211,7 @@ def newborn(name, size, key):
 def trainer(case, size, graphs):
     """A function (learner, key) -> learner: updates of the network by BPTT, and of what
     learned signals need by its own gradient."""
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
     base, learned = graphs[BASE], {n: graphs[n] for n in LEARNED if n in graphs}
 
     def gradient(learner, data):
@@ -406,10 +406,10 @@ def main():
         print(f" accuracy with BPTT {hits}")
         for name, why in tables[load]["why"].items():
             print(f"  not {name}: {why}")
-    found = {**machine(), **size, "table": tables}
+        found = {**machine(), **size, "table": tables}
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=2))
     print("\n" + markdown(found))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
