@@ -174,9 +174,10 @@ def online(graph, name):
 
 
 def traced_leaves(graph):
-    """Which params of the network have a trace: all in front of the readout."""
+    """Which params have a trace and are no part of the readout."""
     paths = {path for relation in graph.relations for path in relation.weight}
-    return [path in paths for path in graph.param_leaves.paths]
+    found = paths - {path for path in paths if path.startswith("readout")}
+    return [path in found for path in graph.param_leaves.paths]
 
 
 def vector(grads, traced):
@@ -329,6 +330,10 @@ def study(load, names, size, patience):
             reasons[name] = f"it does not run: {str(error).splitlines()[0]}"
             continue
         found = [vector(grads, traced) for grads in map(fresh, cases, signals)]
+        if not any(map(jnp.any, found)):
+            reasons[name] = "its gradient in front of the readout is zero"
+            del runners[name]
+            continue
         alike[name] = together(map(compare, found, truths))
         print(".", end="", flush=True)
     table = summarise(runners, measure(runners, size["rounds"], patience))
