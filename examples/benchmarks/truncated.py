@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from machine import machine
 from methods import BPTT, METHODS, Unavailable, by_hand, library, through_time
 from multi_step_by_hand import drtrl_before, es_before, multi_step
 from windows import FULL, QUICK, QUICK_NET, make_job, matching, measure, summarise
@@ -151,8 +152,8 @@ def main():
         show(load, rows, whole)
         tables[load] = {"bptt": whole, "rows": rows}
     if args.json:
-        facts = {"jax": jax.__version__, "backend": jax.default_backend(), **size}
-        args.json.write_text(json.dumps({**facts, "table": tables}, indent=2))
+        found = {**machine(), **size, "table": tables}
+        args.json.write_text(json.dumps(found, indent=2))
     if args.plot:
         plot(tables, args.plot)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 from handwritten import relative_error
+from machine import machine
 from methods import BPTT, METHODS, Job, Unavailable, truth_of
 from workloads import WORKLOADS, init_data, init_net
 
@@ -222,7 +223,7 @@ def main():
             runners, measure(runners, size["rounds"], args.patience)
         )
     show(tables)
-    facts = {"jax": jax.__version__, "backend": jax.default_backend(), **size}
+    facts = {**machine(), **size}
     write(args.json, {**facts, "table": tables})
     if args.plot:
         options = {
