@@ -32,7 +32,7 @@ STEPS = 20
 
 
 @functools.cache
-def _quick_options():
+def quick_options():
     """Compiling is nearly all that these small problems cost, and fusions are most of
     it; newer versions of XLA do not let go of these."""
     plain = {"xla_backend_optimization_level": 0}
@@ -45,7 +45,7 @@ def _quick_options():
 
 
 def quick_jit(fun):
-    return jax.jit(fun, compiler_options=_quick_options())
+    return jax.jit(fun, compiler_options=quick_options())
 
 
 def sum_of_squares(out, target):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import _quick_options
+from oracles import quick_options
 from windows import assert_same, chain, each_square, squares
 
 import eqx_etrace as etrace
@@ -24,7 +24,7 @@ RULES = {"drtrl": etrace.DRTRL(), "uoro": etrace.UORO(jax.random.key(3))}
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Compiling is nearly all that these small problems cost."""
-    quick = functools.partial(jax.jit, compiler_options=_quick_options())
+    quick = functools.partial(jax.jit, compiler_options=quick_options())
     monkeypatch.setattr(jax, "jit", quick)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic needs it
         yield

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import sys
 from typing import Any
 
@@ -312,22 +311,6 @@ def test_without_the_package(fun, monkeypatch):
     monkeypatch.setitem(sys.modules, "nir", None)
     with pytest.raises(ImportError, match=r"pip install 'eqx-etrace\[nir\]'"):
         fun(_dense())
-
-
-def test_the_page_runs(tmp_path, monkeypatch):
-    page = pathlib.Path(__file__).parent.parent / "docs" / "nir.md"
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
-    assert len(blocks) == 1
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        names = {}
-        exec(compile(blocks[0], "nir.md", "exec"), names)
-    kinds = [type(layer).__name__ for layer in names["net"].layers]
-    assert kinds == ["Dense", "Recurrent", "Dense", "LI"]
 
 
 def test_the_page_names_every_node():

@@ -2,26 +2,23 @@
 
 import functools
 import os
-import pathlib
-import re
 
 import jax
 import numpy as np
 import pytest
-from oracles import _quick_options
-from test_docstrings import PREAMBLE
+from oracles import quick_options
+from snippets import PREAMBLE, ROOT, blocks, default_modes
 
 import eqx_etrace
 
 
 ocp = pytest.importorskip("orbax.checkpoint")
-TOOLS = pathlib.Path(__file__).parent.parent / "docs" / "tools.md"
+TOOLS = ROOT / "docs" / "tools.md"
 RULES = {"drtrl": "eqx_etrace.DRTRL()", "uoro": "eqx_etrace.UORO(key)"}
 
 
 def _recipe():
-    blocks = re.findall(r"^```python\n(.*?)^```$", TOOLS.read_text(), re.M | re.S)
-    (found,) = [block for block in blocks if "orbax" in block]
+    (found,) = [block for block in blocks(TOOLS.read_text()) if "orbax" in block]
     return found
 
 
@@ -29,13 +26,9 @@ def _recipe():
 def names(request, tmp_path, monkeypatch):
     """What the recipe takes for granted, in JAX's default modes, as a user runs it."""
     monkeypatch.chdir(tmp_path)
-    quick = functools.partial(jax.jit, compiler_options=_quick_options())
+    quick = functools.partial(jax.jit, compiler_options=quick_options())
     monkeypatch.setattr(jax, "jit", quick)
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with default_modes():
         names = {}
         rule = RULES[request.param]
         compiled = PREAMBLE + f"graph = eqx_etrace.compile(net, state, x, {rule})\n"
