@@ -170,3 +170,8 @@ def test_without_a_past_there_are_no_large_traces():
 def test_bad_recursions_get_a_sentence(options, match):
     with pytest.raises(ValueError, match=match):
         etrace.DRTRL(**options)
+
+
+def test_the_scope_comes_first():
+    assert etrace.DRTRL("unit") == etrace.DRTRL(scope="unit") != etrace.DRTRL()
+    assert etrace.ESDRTRL(0.9, "unit") == etrace.ESDRTRL(decay=0.9, scope="unit")

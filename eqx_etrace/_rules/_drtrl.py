@@ -102,11 +102,23 @@ class DRTRL(LocalRule):
 
     windowed: ClassVar[bool] = True
 
-    scope: Scope = eqx.field(static=True, default="local")
-    trace_dtype: Any = eqx.field(static=True, default=None)
-    recursion: Literal["jacobian"] | float = eqx.field(static=True, default="jacobian")
-    signal: Signal = Symmetric()  # pyright: ignore[reportIncompatibleVariableOverride]
-    detach: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())  # pyright: ignore[reportIncompatibleVariableOverride]
+    scope: Scope = eqx.field(static=True)
+    trace_dtype: Any = eqx.field(static=True)
+    recursion: Literal["jacobian"] | float = eqx.field(static=True)
+    signal: Signal  # pyright: ignore[reportIncompatibleVariableOverride]
+    detach: tuple[tuple[str, str], ...] = eqx.field(static=True)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        scope: Scope = "local",
+        recursion: Literal["jacobian"] | float = "jacobian",
+        trace_dtype: Any = None,
+        signal: Signal | None = None,
+        detach: tuple[tuple[str, str], ...] = (),
+    ):
+        self.scope, self.recursion, self.trace_dtype = scope, recursion, trace_dtype
+        self.signal = Symmetric() if signal is None else signal
+        self.detach = detach
 
     def __check_init__(self) -> None:
         pairs = isinstance(self.detach, tuple) and all(
