@@ -209,10 +209,18 @@ def newborn(name, size, key):
     return Case(learner, state, data)
 
 
+# A guess of gradients has their size, which Adam would not know.
+OPTIMISERS = {
+    "net": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
+    "feedback": optax.adamw(1e-2),
+    "synthesiser": optax.sgd(1e-4),
+}
+
+
 def trainer(case, size, graphs):
     """A function (learner, key) -> learner: updates of the network by BPTT, and of what
     learned signals need by its own gradient."""
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    optimiser = optax.multi_transform(OPTIMISERS, lambda _: Learner(*OPTIMISERS))
     base, learned = graphs[BASE], {n: graphs[n] for n in LEARNED if n in graphs}
 
     def gradient(learner, data):
