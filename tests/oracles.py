@@ -34,14 +34,20 @@ STEPS = 20
 @functools.cache
 def quick_options():
     """Compiling is nearly all that these small problems cost, and fusions are most of
-    it; newer versions of XLA do not let go of these."""
-    plain = {"xla_backend_optimization_level": 0}
-    options = plain | {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return plain
-    return options
+    it. One part is enough for a program that is small. Each version of XLA has some of
+    these."""
+    found = {"xla_backend_optimization_level": 0}
+    for option in (
+        {"xla_cpu_use_fusion_emitters": False},
+        {"xla_cpu_parallel_codegen_split_count": 1},
+        {"xla_llvm_disable_expensive_passes": True},
+    ):
+        try:
+            jax.jit(lambda: 0, compiler_options=found | option)()
+        except jax.errors.JaxRuntimeError:
+            continue
+        found |= option
+    return found
 
 
 def quick_jit(fun):

@@ -83,7 +83,8 @@ RULES: dict[str, Callable[[Setting], Any]] = {
     "Budget(half)": lambda at: etrace.Budget(at.trace // 2),
     "OTTT(0.9)": lambda at: etrace.OTTT(0.9),
     "Immediate()": lambda at: etrace.Immediate(),
-    "DNI()": lambda at: etrace.DNI(),
+    # Beside the small gradient of a network that has learnt, no guess is better.
+    "DNI(), guess 0": lambda at: etrace.DNI(),
     "EProp, adaptive": lambda at: etrace.EProp(at.kappa, signal=ADAPTIVE),
     "EProp, random": lambda at: etrace.EProp(at.kappa, signal=RANDOM),
     "RFLO(0.9, random)": lambda at: etrace.RFLO(0.9, RANDOM),
@@ -92,7 +93,8 @@ RULES: dict[str, Callable[[Setting], Any]] = {
 }
 # Other names for one of these, and what all local rules are made from.
 SAME = {"OSTL": BASE, "PPProp": "ESDRTRL(0.9)", "Kappa": "EProp(kappa)"}
-LEARNED = {"EProp, adaptive": "feedback", "DNI()": "synthesiser"}
+ADAPTING = "EProp, adaptive"
+LEARNED = ADAPTING, "DNI(), guess 0"
 
 
 class Learner(eqx.Module):
@@ -163,7 +165,7 @@ def backward(graph):
 
 def online(graph, name):
     """That of a rule, and its trace."""
-    window = DNI_WINDOW if name == "DNI()" else None
+    window = DNI_WINDOW if name.startswith("DNI") else None
     drive = etrace.value_and_grad(graph, loss_fn, window=window)
 
     def gradient(trace, params, state, data, signal):
@@ -209,21 +211,27 @@ def newborn(name, size, key):
     return Case(learner, state, data)
 
 
+OPTIMISERS = {
+    "net": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
+    "feedback": optax.adamw(1e-2),
+    "synthesiser": optax.set_to_zero(),
+}
+
+
 def trainer(case, size, graphs):
-    """A function (learner, key) -> learner: updates of the network by BPTT, and of what
-    learned signals need by its own gradient."""
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    base, learned = graphs[BASE], {n: graphs[n] for n in LEARNED if n in graphs}
+    """A function (learner, key) -> learner: updates of the network by BPTT, and of
+    feedback weights by their own gradient."""
+    optimiser = optax.multi_transform(OPTIMISERS, lambda _: Learner(*OPTIMISERS))
+    base = graphs[BASE]
 
     def gradient(learner, data):
         of_net = backward(base)(base.params(learner.net), case.state, data)
         zeros = jax.tree.map(jnp.zeros_like, eqx.filter(learner, eqx.is_inexact_array))
         found = dataclasses.replace(zeros, net=of_net)
-        for name, graph in learned.items():
-            args = graph.params(learner), case.state, data, None
-            grads, _ = online(graph, name)(None, *args)
-            part = LEARNED[name]
-            found = dataclasses.replace(found, **{part: getattr(grads, part)})
+        if ADAPTING in graphs:
+            args = graphs[ADAPTING].params(learner), case.state, data, None
+            grads, _ = online(graphs[ADAPTING], ADAPTING)(None, *args)
+            found = dataclasses.replace(found, feedback=grads.feedback)
         return found
 
     @eqx.filter_jit
