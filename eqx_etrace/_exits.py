@@ -19,7 +19,7 @@ from ._jaxpr import Equation, Program, live
 from ._locality import Edge
 from ._pattern import identity, through
 from ._reads import Mixing, Reads
-from ._signals import Exit
+from ._signals import Exit, Symmetric
 from ._stage import is_below
 
 
@@ -33,8 +33,9 @@ class Exits:
 
     - `refs`, `exits`: the values, and what is known of each.
     - `edges`: per exit, the edges by which mixing equations read it.
-    - `direct`, `errors`: the positions of the direct and of the other outputs among
-      those that have a derivative.
+    - `direct`: the positions of the direct outputs among those that have a derivative.
+    - `errors`: the positions of those by which the loss makes the output error: not
+      direct, or direct ones of units that act on no others, as of a leaky readout.
     - `equations`: those from the new state to all of them.
     - `context`: the values of the step that these read besides, to be saved.
     """
@@ -71,12 +72,22 @@ def find_exits(graph: "ETraceGraph", reads: Reads) -> Exits:
     written = {ref for equation in kept for ref in equation.outputs}
     known = {*graph.weights, *graph.prepared, *program.constants}
     context = (needed - written - known) | set(doors)
+    exits = _describe(graph, reads, kept, tuple(met))
+    shown = _describe(graph, reads, kept, tuple(outputs[i] for i in direct))
+    acting = [any(at.places[g] != () for at in exits) for g in range(len(graph.groups))]
+    no_error = {
+        i
+        for i, at in zip(direct, shown, strict=True)
+        if any(
+            places != () for places, acts in zip(at.places, acting, strict=True) if acts
+        )
+    }
     return Exits(
         tuple(met),
-        _describe(graph, reads, kept, tuple(met)),
+        exits,
         tuple(map(tuple, met.values())),
         direct,
-        tuple(i for i in range(len(outputs)) if i not in direct),
+        tuple(i for i in range(len(outputs)) if i not in no_error),
         kept,
         tuple(sorted(context)),
     )
@@ -156,6 +167,14 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
             f"{what}: got a step whose outputs read the state without a weight or not "
             "at all, expected a readout: there is no error to send back to the units. "
             "Return what a readout makes of the new state."
+        )
+    hears = rule.signal.given == "nothing" and not isinstance(rule.signal, Symmetric)
+    if hears and not exits.errors:
+        raise CompileError(
+            f"{what} with {type(rule.signal).__name__}: got outputs that all show "
+            "directly what units do that act on others, expected one of a readout: "
+            "there is no output error to send back. Return what a readout makes of "
+            "them, or use the signal Symmetric()."
         )
     behind = _behind(graph, exits)
     for number, group in enumerate(graph.groups):

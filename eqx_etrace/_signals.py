@@ -66,7 +66,8 @@ class Signal(eqx.Module):
     ) -> Shaped[Array, "..."]:
         """The signal of one step and sample, of the shape of exit `number`.
 
-        `error` is the derivative of the loss by all outputs that come from weights."""
+        `error` is the derivative of the loss by the outputs, without those that show
+        directly what units do which act on others, such as spikes for a regulariser."""
 
 
 class Symmetric(Signal):
@@ -273,7 +274,8 @@ class AdaptiveFeedback(Signal):
     r"""The output error through feedback weights that learn as the readout does.
 
     $L = B e$, and B gets the gradient of the readout, transposed: with the same weight
-    decay on both they come to agree. B is part of your model, so that optimiser and
+    decay on both they come to agree. (Of a readout with a memory that is what a readout
+    without one would get at this step.) B is part of your model, so that optimiser and
     checkpoints hold it: a leaf, or a tuple of one leaf per exit, that the step does not
     read. `compile` says which shapes it needs, (units, outputs) each.
 

@@ -1,5 +1,6 @@
 """Learning signals and the kappa filter, against their formulas."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from leaky import (
     gradient,
     problem,
 )
-from models import MODELS, random_state, sequence
+from models import MODELS, random_state, sequence, spike
 from oracles import assert_same_gradient, quick_jit
 from scripts import run_code
 from windows import assert_same, differ, local, squares
@@ -151,6 +152,44 @@ def test_exits_carry_the_exact_signal(name):
         graph = etrace.compile(model, state, xs[0], etrace.DRTRL(signal=signal))
         found.append(gradient(graph, graph.params(model), state, xs, ts, window=3))
     assert_same_gradient(*found, rtol=1e-10)
+
+
+class LeakyReadout(eqx.Module):
+    """The output is the membrane of the readout; spikes may be told beside it."""
+
+    net: LIF
+    tells: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, x, state):
+        v, y = state
+        v = LEAK * v + self.net.w @ x + self.net.u @ spike(v - 1)
+        z = spike(v - 1)
+        y = KAPPA * y + self.net.out @ z
+        return ((y, z) if self.tells else y), (v, y)
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_the_error_of_a_leaky_readout_is_that_of_its_membrane(tells):
+    """Spikes that are told, too, are no error, and count by themselves."""
+    graph, (params, _, xs, ts), _ = problem(etrace.DRTRL())
+    net = LeakyReadout(graph.model(params), tells)
+    state = jnp.zeros(N), jnp.zeros(OUT)
+
+    def loss(out, target):
+        y, z = out if tells else (out, jnp.zeros(N))
+        return squares(y, target) + jnp.sum(z)
+
+    found = []
+    for signal in (etrace.Symmetric(), Transposed(net.net.out), FEEDBACK):
+        for rule in (etrace.DRTRL(signal=signal), etrace.EProp(KAPPA, signal=signal)):
+            graph = etrace.compile(net, state, xs[0], rule)
+            run = quick_jit(etrace.grad(graph, loss))
+            found.append(run(graph.params(net), state, None, xs, ts)[0].net)
+    for plain, formula in ((0, 2), (1, 3)):
+        assert_same_gradient(found[plain], found[formula], rtol=1e-10)
+    for plain, other in ((0, 1), (0, 4), (1, 5)):
+        assert differ(found[plain].w, found[other].w)
+        assert_same(found[plain].out, found[other].out)
 
 
 def _two_layers(rule, batch=None):

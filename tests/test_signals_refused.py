@@ -1,6 +1,7 @@
 """Learning signals that cannot be, and what the error says."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import pytest
 from leaky import FEEDBACK, KEY, OUT, STEPS, N, flat, gradient, problem
@@ -73,7 +74,28 @@ REFUSED = {
         etrace.CompileError,
         "expected a readout",
     ),
+    "no error": (
+        lambda: etrace.compile(
+            _Shown(jnp.eye(N)),
+            (jnp.zeros(N), jnp.zeros(N)),
+            jnp.zeros(N),
+            etrace.DRTRL(signal=FEEDBACK),
+        ),
+        etrace.CompileError,
+        "no output error",
+    ),
 }
+
+
+class _Shown(eqx.Module):
+    """The units that the output shows act on others, which it does not show."""
+
+    w: jax.Array
+
+    def __call__(self, x, state):
+        first = jnp.tanh(0.5 * state[0] + self.w @ x)
+        second = jnp.tanh(0.5 * state[1] + self.w @ first)
+        return first, (first, second)
 
 
 def _started(rule):
