@@ -47,7 +47,7 @@ def test_every_rule_takes_part():
 @pytest.mark.slow
 def test_quick(tmp_path):
     file = tmp_path / "found.json"
-    names = "RTRL()", "DRTRL()", "UORO(key)"
+    names = "RTRL()", "DRTRL()"
     options = "--quick", "--networks", "GRU", "--rules", *names, "--json", str(file)
     text = run("benchmarks/which_rule.py", *options)
     found = json.loads(file.read_text())["table"]["GRU"]
@@ -56,8 +56,7 @@ def test_quick(tmp_path):
     assert list(rows) == list(names)
     assert all(abs(cosine - 1) < 1e-5 for cosine in rows["RTRL()"]["cosine"])
     assert all(abs(ratio - 1) < 1e-5 for ratio in rows["RTRL()"]["norm_ratio"])
-    for name, low, high in (("DRTRL()", 0.9, 0.9999), ("UORO(key)", -0.8, 0.8)):
-        assert all(low < cosine < high for cosine in rows[name]["cosine"]), name
+    assert all(0.9 < cosine < 0.9999 for cosine in rows["DRTRL()"]["cosine"])
     assert rows["DRTRL()"]["trace_mib"] * 2**20 == 4 * 4 * WEIGHTS
     assert rows["RTRL()"]["trace_mib"] * 2**20 == 12 * 4 * 4 * WEIGHTS
     assert all(row["to_bptt"] > 0 for row in rows.values())
