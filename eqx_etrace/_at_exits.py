@@ -74,7 +74,7 @@ def _bent(
     if relation.y in seen:  # Else the exit is made before y, and does not read it.
         y = seen[relation.y]
         moved = relation.map.gather(more.astype(y.dtype) * (y - stop_gradient(y)))
-        found = found.at[places].add(moved.astype(at.dtype))
+        found = found.at[places].add(moved.real.astype(at.dtype))
     return found.reshape(at.shape)
 
 

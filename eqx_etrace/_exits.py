@@ -19,6 +19,7 @@ from ._jaxpr import Equation, Program, live
 from ._locality import Edge
 from ._pattern import identity, through
 from ._reads import Mixing, Reads
+from ._rules import LocalRule
 from ._signals import Exit, Symmetric
 from ._stage import is_below
 
@@ -161,6 +162,7 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
     """Raise `CompileError` where a group has no place for a signal, or more than one
     for each unit and the rule filters it."""
     rule = graph.rule
+    assert isinstance(rule, LocalRule)  # No other asks for exits.
     what = type(rule).__name__
     if not exits.refs:
         raise CompileError(
@@ -187,6 +189,13 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
                 "unit: what is filtered is a trace per unit. Use the rule without the "
                 "filter."
             )
+        dtypes = [at.dtype for at in exits.exits if at.places[number] != ()]
+        if rule.filters and any(map(_is_complex, dtypes)):
+            raise CompileError(
+                f"{what}: got a unit of hidden group {number} ({names}) that acts "
+                "through a complex value, expected real ones: a filter for each. Let "
+                "the weights read the real and the imaginary part, as `nn.LRU` does."
+            )
         direct = behind.intersection(group.doors)
         if not direct and all(p == () for p in places):
             raise CompileError(
@@ -195,6 +204,10 @@ def check_exits(graph: "ETraceGraph", exits: Exits) -> None:
                 "does: no signal would come back to it. Let what follows read the new "
                 "state, or use the signal Symmetric()."
             )
+
+
+def _is_complex(dtype: Any) -> bool:
+    return np.issubdtype(dtype, np.complexfloating)
 
 
 def _behind(graph: "ETraceGraph", exits: Exits) -> set[int]:

@@ -150,3 +150,65 @@ def test_an_average_has_no_place_for_other_signals():
         etrace.Kappa(etrace.DRTRL(signal=signal), KAPPA, average=True)
     assert not etrace.OTPE(KAPPA, signal).average
     assert not etrace.ThreeFactor(etrace.OTPE(KAPPA)).average  # pyright: ignore
+
+
+class Rotating(eqx.Module):
+    """A layer of rotating units: a complex number each, or two real ones."""
+
+    turn: jax.Array
+    w: tuple[jax.Array, jax.Array]
+    out: tuple[jax.Array, jax.Array]
+    kind: str = eqx.field(static=True)
+
+    def __call__(self, x, h):
+        (w, v), (out, put) = self.w, self.out
+        c, s = 0.9 * jnp.cos(self.turn), 0.9 * jnp.sin(self.turn)
+        if self.kind == "real":
+            h = c * h[0] - s * h[1] + w @ x, s * h[0] + c * h[1] + v @ x
+            return out @ jnp.tanh(h[0]) - put @ jnp.tanh(h[1]), h
+        x = x.astype(complex)
+        h = jax.lax.complex(c, s) * h + jax.lax.complex(w, v) @ x
+        a, b = jnp.tanh(h.real), jnp.tanh(h.imag)
+        if self.kind == "complex":
+            return (jax.lax.complex(out, put) @ jax.lax.complex(a, b)).real, h
+        return out @ a - put @ b, h
+
+
+class Pair(eqx.Module):
+    layers: tuple[Rotating, Rotating]
+
+    def __call__(self, x, state):
+        y, first = self.layers[0](x, state[0])
+        out, second = self.layers[1](y, state[1])
+        return out, (first, second)
+
+
+def _rotating(kind, rule):
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return jnp.asarray(rng.normal(size=shape))
+
+    def layer():
+        pairs = [(drawn(*shape), drawn(*shape)) for shape in ((3, 2), (2, 3))]
+        return Rotating(drawn(3), *pairs, kind=kind)
+
+    net = Pair((layer(), layer()))
+    zero = (jnp.zeros(3), jnp.zeros(3)) if kind == "real" else jnp.zeros(3, complex)
+    xs, ts = drawn(9, 2), drawn(9, 2)
+    graph = etrace.compile(net, (zero, zero), xs[0], rule)
+    fun = quick_jit(etrace.grad(graph, squares))
+    return fun(graph.params(net), (zero, zero), None, xs, ts)[0]
+
+
+@pytest.mark.parametrize("rule", [etrace.OTPE(0.5), etrace.EProp(0.5)])
+def test_complex_units_are_pairs_of_real_ones(rule):
+    got, expected = (_rotating(kind, rule) for kind in ("parts", "real"))
+    got, expected, other = (
+        [(layer.turn, layer.w, layer.out) for layer in found.layers]
+        for found in (got, expected, _rotating("real", etrace.DRTRL()))
+    )
+    assert_same_gradient(got, expected)
+    assert differ(expected, other)
+    with pytest.raises(etrace.CompileError, match="acts through a complex value"):
+        _rotating("complex", rule)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Shaped
 
 from .._custom_types import Scope
-from .._op_rules import cast
+from .._op_rules import cast, product
 from .._relation import Relation
 from .._signals import Signal, Symmetric
 from ._base import LocalRule, RelationJacobian, with_operands
@@ -146,7 +146,9 @@ class Kappa(LocalRule):
         average = ()
         if relation.passes:
             real = jnp.finfo(dtype).dtype
-            slope = jnp.zeros(relation.y_shape, real)
+            is_complex = jnp.issubdtype(relation.y_dtype, jnp.complexfloating)
+            kind = relation.y_dtype if is_complex else real
+            slope = jnp.zeros(relation.y_shape, kind)
             average = (slope,) * relation.exits, jnp.zeros((), real)
         return FilteredTrace(self.rule.init(relation), filtered, average)
 
@@ -189,7 +191,7 @@ class Kappa(LocalRule):
         weight = self.decay * weight
         old = weight / (weight + 1)
         return tuple(
-            old * average + (1 - old) * cast(now, average.dtype)
+            product(old, average) + product(1 - old, cast(now, average.dtype))
             for average, now in zip(averages, slope, strict=True)
         ), weight + 1
 
