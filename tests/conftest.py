@@ -1,9 +1,18 @@
-"""Strict JAX, and every annotation of the library checked while the tests run."""
+"""Strict JAX, and the annotations of the library checked while the tests run."""
 
-import jax
-import matplotlib
-import pytest
-from jaxtyping import install_import_hook
+import os
+import pathlib
+
+
+# Programs are small here: more threads to compile one take longer.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+).strip()
+
+import jax  # noqa: E402
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -11,7 +20,15 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-with install_import_hook("eqx_etrace", "beartype.beartype"):
+# All modules but the two whose small functions are called a thousand times a model.
+SOURCES = pathlib.Path(__file__).parent.parent / "eqx_etrace"
+CHECKED = [
+    f"eqx_etrace.{path.stem}"
+    for path in sorted(SOURCES.iterdir())
+    if path.stem not in ("_jaxpr", "_flatten", "__init__")
+]
+
+with install_import_hook(CHECKED, "beartype.beartype"):
     import eqx_etrace.nn
     import eqx_etrace.plot
     import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect

@@ -11,7 +11,7 @@ SCRIPTS = ROOT / "examples"
 DIGITS = [
     pytest.param("gru", "sequence", 0.85, 0.97, marks=pytest.mark.long),
     pytest.param("lif", "sequence", 0.85, 0.97, marks=pytest.mark.long),
-    ("lif", "step", 0.85, 0.97),
+    pytest.param("lif", "step", 0.85, 0.97, marks=pytest.mark.long),
 ]
 
 

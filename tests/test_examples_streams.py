@@ -8,7 +8,7 @@ from scripts import numbers, run
 FORECAST = r"D-RTRL: NMSE (\S+) \S+ \S+ \S+ (\S+)"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_forecast():
     # 0.008 to 0.022 at last (three seeds), about 1 without learning.
     text = run("forecast.py", "--quick")
@@ -78,7 +78,7 @@ def test_drift_in_full():
     assert held[2] > 10 * learned[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_t_maze():
     # Who does not remember the sign is right in every second episode.
     text = run("t_maze.py", "--quick")

@@ -1,9 +1,6 @@
 """What trains, where it is found, and that modules are plain pytrees."""
 
-import ast
 import io
-import pathlib
-import re
 from typing import Any
 
 import equinox as eqx
@@ -223,24 +220,3 @@ def test_bptt_trains_a_layer():
         params, opt_state, value = update(params, opt_state)
         values.append(float(value))
     assert values[-1] < 0.1 * values[0]
-
-
-def _imported(path):
-    """Names of modules, relative ones with their dots."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or "")
-
-
-def test_nothing_here_imports_the_library_and_it_nothing_from_here():
-    here = pathlib.Path(nn.__file__).parent
-    files = set(here.parent.rglob("*.py"))
-    inside = {path for path in files if path.is_relative_to(here)}
-    for path in inside:
-        bad = [m for m in _imported(path) if re.match(r"\.\.|eqx_etrace", m)]
-        assert not bad, (path, bad)
-    for path in files - inside:
-        bad = [m for m in _imported(path) if re.search(r"^\.+nn\b|etrace\.nn", m)]
-        assert not bad, (path, bad)
