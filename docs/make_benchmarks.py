@@ -96,21 +96,20 @@ def floor(found):
 
 
 def lengths(found):
-    if "lengths" not in found:
-        return None
+    del found
     return f"![Time and memory against the length of a sequence]({FIGURE.name})"
 
 
 def draw(found):
     """The figure that `lengths` shows."""
     sys.path.insert(0, str(BENCHMARKS))
-    from windows import plot
+    from windows import draw as draw_lengths
 
     by_load = {
         LOADS[load]: {int(steps): table for steps, table in by_steps.items()}
         for load, by_steps in found["lengths"].items()
     }
-    plot(by_load, FIGURE)
+    draw_lengths(by_load, FIGURE)
 
 
 TRUNCATED = {
@@ -163,7 +162,7 @@ BLOCKS = {
     "windows-time": ("windows.json", windows_time),
     "windows-memory": ("windows.json", windows_memory),
     "windows-floor": ("windows.json", floor),
-    "windows-lengths": ("windows.json", lengths),
+    "windows-lengths": ("lengths.json", lengths),
     "truncated": ("truncated.json", truncated),
     "truncated-time": ("truncated.json", truncated_time),
     "which-rule": ("which_rule.json", which_rule),
@@ -197,8 +196,8 @@ def main():
     if args.check:
         raise SystemExit(0 if old == new else "benchmarks.md: its tables are old")
     PAGE.write_text(new)
-    found = read("windows.json")
-    if found and "lengths" in found:
+    found = read("lengths.json")
+    if found:
         draw(found)
 
 

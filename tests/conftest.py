@@ -34,12 +34,31 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect
 
 
+# Tests that take many models: every second one, and the others with `-m long`.
+HALVED = {
+    f"test_{name}"
+    for name in (
+        *("catalogue", "diagram", "gradients", "graph", "inspect", "nn_gradients"),
+        *("objects", "op_rules", "oracles", "saving", "scope", "windows"),
+    )
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests of one model go to one worker, which compiles it once for all of them."""
+    families = {}
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         if isinstance(name, str):
             item.add_marker(pytest.mark.xdist_group(name))
+            family = families.setdefault((item.path, item.originalname), {})
+            family.setdefault(name, []).append(item)
+    for (path, _), family in families.items():
+        if path.stem in HALVED and len(family) >= 15:
+            for name in sorted(family)[1::2]:
+                for item in family[name]:
+                    item.add_marker(pytest.mark.long)
 
 
 def pytest_addoption(parser):

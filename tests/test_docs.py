@@ -18,7 +18,10 @@ SLOW = {
 
 
 def _marked(name):
-    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    if name not in SLOW:
+        return name
+    mark = pytest.mark.slow if name == "docs/tools.md" else pytest.mark.long
+    return pytest.param(name, marks=mark)
 
 
 @pytest.mark.parametrize("name", [_marked(name) for name in PAGES if PAGES[name]])
