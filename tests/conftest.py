@@ -34,14 +34,10 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect
 
 
-# Tests that take many models: every second one, and the others with `-m long`.
-HALVED = {
-    f"test_{name}"
-    for name in (
-        *("catalogue", "diagram", "gradients", "graph", "inspect", "nn_gradients"),
-        *("objects", "op_rules", "oracles", "saving", "scope", "windows"),
-    )
-}
+# All that these have is run; of other tests with many cases every second or third one,
+# and the rest with `-m long`.
+WHOLE = {"test_docs", "test_docstrings", "test_fuzz", "test_notebooks"}
+MANY = 6
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,15 +45,21 @@ def pytest_collection_modifyitems(items):
     """Tests of one model go to one worker, which compiles it once for all of them."""
     families = {}
     for item in items:
-        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        if not hasattr(item, "callspec"):
+            continue
+        name = item.callspec.params.get("name")
         if isinstance(name, str):
             item.add_marker(pytest.mark.xdist_group(name))
-            family = families.setdefault((item.path, item.originalname), {})
-            family.setdefault(name, []).append(item)
+        case = name if isinstance(name, str) else item.callspec.id
+        family = families.setdefault((item.path, item.originalname), {})
+        family.setdefault(case, []).append(item)
     for (path, _), family in families.items():
-        if path.stem in HALVED and len(family) >= 15:
-            for name in sorted(family)[1::2]:
-                for item in family[name]:
+        if path.stem in WHOLE or len(family) < MANY:
+            continue
+        every = 2 if len(family) < 2 * MANY else 3
+        for number, case in enumerate(sorted(family)):
+            if number % every:
+                for item in family[case]:
                     item.add_marker(pytest.mark.long)
 
 
