@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -29,29 +29,35 @@ def _package(name: str, extra: str, where: str) -> Any:
         ) from error
 
 
-def _rewind(
-    path: pathlib.Path, begin: bytes, step: int, step_of: Callable[[bytes], int]
-) -> int:
-    """Leave of a log the whole lines of earlier steps; how many bytes that is."""
-    text = path.read_bytes() if path.exists() else b""
-    if not begin.startswith(text[: len(begin)]):
-        raise ValueError(
-            f"{path}: got a file that begins with {text[: len(begin)]!r}, expected "
-            f"{begin!r}, as this log would. Log to another file, or the same metrics."
-        )
-    kept = 0
-    for line in text.splitlines(keepends=True):
-        if not line.endswith(b"\n") or step_of(line) >= step:
-            break
-        kept += len(line)
-    with path.open("ab") as file:
-        file.truncate(kept)
-    return kept
+class _Log:
+    """A file that a line is added to at each report."""
 
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = pathlib.Path(path)
+        self._started = False
 
-def _append(path: pathlib.Path, line: str) -> None:
-    with path.open("ab") as file:
-        file.write(line.encode())
+    def _start(self, begin: bytes, step: int, step_of: Callable[[bytes], int]) -> int:
+        """Leave the whole lines of earlier steps; how many bytes that is."""
+        text = self._path.read_bytes() if self._path.exists() else b""
+        if not begin.startswith(text[: len(begin)]):
+            raise ValueError(
+                f"{self._path}: got a file that begins with {text[: len(begin)]!r}, "
+                f"expected {begin!r}, as this log would. Log to another file, or the "
+                "same metrics."
+            )
+        kept = 0
+        for line in text.splitlines(keepends=True):
+            if not line.endswith(b"\n") or step_of(line) >= step:
+                break
+            kept += len(line)
+        with self._path.open("ab") as file:
+            file.truncate(kept)
+        self._started = True
+        return kept
+
+    def _append(self, line: str) -> None:
+        with self._path.open("ab") as file:
+            file.write(line.encode())
 
 
 def _csv_line(values: list[Any]) -> str:
@@ -60,7 +66,7 @@ def _csv_line(values: list[Any]) -> str:
     return text.getvalue()
 
 
-class CSVLogger:
+class CSVLogger(_Log):
     """Writes metrics to a CSV file, a row for each report of `fit`.
 
     The first row has the names, `step` before them. Each row is on disk when the call
@@ -91,35 +97,33 @@ class CSVLogger:
         ```
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._path = pathlib.Path(path)
-        self._names: list[str] | None = None
+    _names: Sequence[str] = ()
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._names is None:
-            self._start(step, list(metrics))
-        names = self._names or []
+        if not self._started:
+            self._start_table(step, list(metrics))
+        names = self._names
         if set(names) != set(metrics):
             raise ValueError(
                 f"{self._path}: got the metrics {sorted(metrics)} at step {step}, "
                 f"expected {sorted(names)} as before. Give the same ones at every "
                 "report, or log with `JSONLLogger`."
             )
-        _append(self._path, _csv_line([step, *(float(metrics[n]) for n in names)]))
+        self._append(_csv_line([step, *(float(metrics[n]) for n in names)]))
 
-    def _start(self, step: int, names: list[str]) -> None:
+    def _start_table(self, step: int, names: list[str]) -> None:
         header = _csv_line(["step", *names])
         first = header.encode()
 
         def step_of(line: bytes) -> int:
             return -1 if line == first else int(line.split(b",")[0])
 
-        if not _rewind(self._path, first, step, step_of):
-            _append(self._path, header)
+        if not self._start(first, step, step_of):
+            self._append(header)
         self._names = names
 
 
-class JSONLLogger:
+class JSONLLogger(_Log):
     """Writes metrics to a file of JSON lines, one object for each report of `fit`.
 
     Names may change from line to line. A number that is not finite becomes `null`,
@@ -148,19 +152,12 @@ class JSONLLogger:
         ```
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._path = pathlib.Path(path)
-        self._started = False
-
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._started:
-            _rewind(
-                self._path, b'{"step": ', step, lambda line: json.loads(line)["step"]
-            )
-            self._started = True
+            self._start(b'{"step": ', step, lambda line: json.loads(line)["step"])
         values = {name: float(value) for name, value in metrics.items()}
         finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
-        _append(self._path, json.dumps({"step": step, **finite}) + "\n")
+        self._append(json.dumps({"step": step, **finite}) + "\n")
 
 
 class TensorBoardLogger:

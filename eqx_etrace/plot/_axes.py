@@ -19,6 +19,11 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+def line_style(number: int) -> str:
+    """Another one when the colours begin anew."""
+    return ("-", "--", ":")[number // len(COLOURS) % 3]
+
+
 def take_axes(ax: Any, panels: int, **figure: Any) -> tuple[Axes, ...]:
     """The Axes given, one or several, or those of a new figure."""
     if ax is None:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from .._plan import MemoryPlan
-from ._axes import COLOURS, colour, put_legend, take_axes
+from ._axes import colour, line_style, put_legend, take_axes
 
 
 # What a row may hold, its label and its unit.
@@ -126,7 +126,7 @@ def _line(axis: Axes, name: str, number: int, numbers: dict[float, float]) -> No
         list(numbers),
         list(numbers.values()),
         color=colour(number),
-        linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
+        linestyle=line_style(number),
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4,
         label=name,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from .. import nn
 from .._errors import sentence
-from ._axes import colour, positive, put_legend, shorten, take_axes
+from ._axes import colour, line_style, positive, put_legend, shorten, take_axes
 
 
 def surrogates(
@@ -59,7 +59,7 @@ def surrogates(
     axis.step(x, np.asarray(surrogates[0](x)), color="0.75", linewidth=1, label="spike")
     names = shorten([_name(spike) for spike in surrogates], 36)
     for number, (name, slope) in enumerate(zip(names, slopes, strict=True)):
-        style = ("-", "--", ":")[number // 7 % 3]
+        style = line_style(number)
         axis.plot(x, slope, color=colour(number), linestyle=style, label=name)
     axis.set(xlabel="membrane - threshold", ylabel="spike, surrogate derivative")
     if len(names) == 1:
