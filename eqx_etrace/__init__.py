@@ -62,6 +62,7 @@ from ._rules import (
     SnAp as SnAp,
     ThreeFactor as ThreeFactor,
 )
+from ._shardings import Shardings as Shardings, shardings as shardings
 from ._signals import (
     AdaptiveFeedback as AdaptiveFeedback,
     Bootstrapped as Bootstrapped,

@@ -15,8 +15,11 @@ from ._given import read_given
 from ._graph import ETraceGraph
 from ._inputs import Inputs, check_lanes, check_time, read_inputs, window_of
 from ._jacobian import prepare
+from ._lanes import check_lanes_of, without_lost
 from ._multi_step import multi_step_window
 from ._objective import Losses, Objective, count
+from ._place import WHOLE, over_devices, spreads
+from ._rules import GlobalRule
 from ._space import trace_bytes
 from ._step import check_trace, init_trace, one_step, read_state
 from ._window import single_step_window
@@ -53,6 +56,7 @@ def value_and_grad(
     window: int | None = None,
     reduction: Reduction = "sum",
     has_aux: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[PyTree, PyTree, PyTree, PyTree]]:
     r"""A function that drives a sequence and gives its losses and gradient.
 
@@ -75,6 +79,11 @@ def value_and_grad(
     - `reduction`: `"sum"`, the gradient of the sum of the losses, or `"mean"`, that of
       their mean; both over what the mask leaves.
     - `has_aux`: whether `loss_fn` returns `(loss, aux)`.
+    - `skip_nonfinite`: whether samples of a batch whose state, trace or loss is not
+      finite leave the others alone. Their losses are NaN (of an `aux` what is no float
+      is zero), they have no part in the gradient, nor in a mean, and begin anew: from
+      `initial`, with an empty trace. It takes one loss per sample, and a second run of
+      the plain step beforehand.
 
     **Returns:** a pure function
     `fn(params, state, trace, xs, targets, mask=None, *, reset=None, initial=None,
@@ -130,17 +139,31 @@ def value_and_grad(
         initial: PyTree = None,
         signal: PyTree = None,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-        inputs, rest = read(graph, objective, xs, targets, mask, reset, signal)
+        inputs, rest = read(
+            graph, objective, xs, targets, mask, reset, signal, skip_nonfinite
+        )
+        given = params, state, trace, inputs, rest, initial
         losses, grads, state, trace = sequence(
-            graph, objective, window, params, state, trace, inputs, rest, initial
+            graph, objective, window, *given, skip=skip_nonfinite
         )
         if reduction == "mean":
-            values = losses[0] if has_aux else losses
-            total = count(rest.mask, values.shape, values.dtype)
+            values, mask = losses[0] if has_aux else losses, rest.mask
+            if skip_nonfinite:
+                mask = without_nan(mask, values)
+            total = count(mask, values.shape, values.dtype)
             grads = jtu.tree_map(lambda g: g / total.astype(g.dtype), grads)
         return losses, grads, state, trace
 
     return fun
+
+
+def without_nan(mask: Any | None, losses: Any) -> Any:
+    """The mask, zero where a sample was skipped."""
+    kept = jnp.isfinite(losses)
+    if mask is None:
+        return kept
+    lanes: Any = mask[:, None] if mask.ndim < kept.ndim else mask
+    return jnp.where(kept, lanes, jnp.zeros((), lanes.dtype))
 
 
 def grad(
@@ -150,6 +173,7 @@ def grad(
     window: int | None = None,
     reduction: Reduction = "sum",
     has_aux: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[PyTree, ...]]:
     """`value_and_grad` without the losses.
 
@@ -166,7 +190,12 @@ def grad(
         ```
     """
     both = value_and_grad(
-        graph, loss_fn, window=window, reduction=reduction, has_aux=has_aux
+        graph,
+        loss_fn,
+        window=window,
+        reduction=reduction,
+        has_aux=has_aux,
+        skip_nonfinite=skip_nonfinite,
     )
 
     @ft.wraps(both)
@@ -194,11 +223,14 @@ def read(
     mask: Any,
     reset: Any,
     signal: PyTree = None,
+    per_sample: bool = False,
 ) -> tuple[Inputs, Sequence]:
-    """Check what has time in front."""
+    """Check what has time in front, and that there is a loss per sample if need be."""
     inputs = read_inputs(graph, xs, ("targets", targets), ("mask", mask))
     targets = check_time("targets", targets, inputs.steps)
     loss = objective.spec(graph, targets)
+    if per_sample:
+        check_lanes_of(loss)
     mask = check_lanes("mask", mask, inputs.steps, graph.batch, bool(loss.shape))
     reset = check_lanes("reset", reset, inputs.steps, graph.batch, True)
     if reset is not None:
@@ -221,11 +253,21 @@ def sequence(
     inputs: Inputs,
     rest: Sequence,
     initial: PyTree,
+    skip: bool = False,
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-    """Losses, gradient, state and trace of a sequence that has been checked."""
+    """Losses, gradient, state and trace of a sequence that has been checked.
+
+    With `skip` without the samples whose numbers are not finite."""
     leaves, start = read_state(graph, params, state)
     if trace is not None:
         check_trace(graph, trace)
+    if spreads(graph):
+        given = params, state, trace, inputs, rest, initial
+        return _over_devices(graph, objective, window, *given, skip=skip)
+    if skip:
+        drive = ft.partial(sequence, graph, objective, window)
+        given = params, state, trace, inputs, rest, initial
+        return without_lost(graph, objective, drive, *given)
     weights, pull, prepared = jax.vjp(
         lambda leaves: prepare(graph, leaves), leaves, has_aux=True
     )
@@ -245,6 +287,42 @@ def sequence(
         _as_state(graph, carry.state),
         carry.trace,
     )
+
+
+def _over_devices(
+    graph: ETraceGraph,
+    objective: Objective,
+    window: int | None,
+    params: PyTree,
+    state: PyTree,
+    trace: PyTree,
+    inputs: Inputs,
+    rest: Sequence,
+    initial: PyTree,
+    skip: bool,
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    """`sequence`, each device with its own samples; the gradients are added up once."""
+    place = graph.place
+    assert place is not None
+    if trace is None and isinstance(graph.rule, GlobalRule):
+        trace = init_trace(graph)  # Samples draw different numbers.
+    batch, sequences = place.batch, place.sequence
+    whole = rest.mask is not None and rest.mask.ndim == 1
+    each: Any = [sequences] * len(rest)
+    cut = Sequence(*each)._replace(mask=WHOLE if whole else sequences)
+
+    def one(
+        graph: ETraceGraph, params: Any, state: Any, trace: Any, leaves: Any, *rest: Any
+    ) -> Any:
+        mine = dataclasses.replace(inputs, leaves=leaves)
+        given = params, state, trace, mine, *rest
+        losses, grads, *end = sequence(graph, objective, window, *given, skip=skip)
+        return losses, place.added(grads), *end
+
+    leaves = [sequences if moves else batch for moves in inputs.moving]
+    specs = WHOLE, batch, batch, leaves, cut, batch
+    run = over_devices(graph, one, specs, (sequences, WHOLE, batch, batch))
+    return run(params, state, trace, inputs.leaves, rest, initial)
 
 
 def _as_state(graph: ETraceGraph, leaves: list[Any]) -> PyTree:

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from ._callbacks import Callback
 from ._checkpoint import Checkpoint, save_checkpoint
-from ._drive import Reduction, value_and_grad
+from ._drive import Reduction, value_and_grad, without_nan
 from ._errors import describe, sentence
 from ._forward import renew_trace
 from ._graph import ETraceGraph
@@ -37,6 +37,9 @@ class _Found(NamedTuple):
     """Per metric its sum over what counts, and how much that is."""
     finite: Any
     """Whether the updated params are."""
+    lost: tuple[Any, Any] | None
+    """Where there is a loss per sample: how many samples have one that is not finite,
+    and the first of them."""
 
 
 # On the device: one batch.
@@ -50,6 +53,7 @@ def _updates(
     window: int | None,
     reduction: Reduction,
     has_aux: bool,
+    skip_nonfinite: bool,
 ) -> Callable[..., Any]:
     """What `learn` returns, or the same with one update for all steps."""
     if every is not None:
@@ -59,9 +63,21 @@ def _updates(
                 f"{reduction!r}, expected it alone: the gradients of so many steps are "
                 "added up in one window. Leave out the others, or `every`."
             )
-        return learn(graph, loss_fn, optimiser, every=every, has_aux=has_aux)
+        return learn(
+            graph,
+            loss_fn,
+            optimiser,
+            every=every,
+            has_aux=has_aux,
+            skip_nonfinite=skip_nonfinite,
+        )
     gradient = value_and_grad(
-        graph, loss_fn, window=window, reduction=reduction, has_aux=has_aux
+        graph,
+        loss_fn,
+        window=window,
+        reduction=reduction,
+        has_aux=has_aux,
+        skip_nonfinite=skip_nonfinite,
     )
 
     def fun(params: Any, opt_state: Any, state: Any, trace: Any, **batch: Any) -> Any:
@@ -106,6 +122,13 @@ def _sums(graph: ETraceGraph, losses: Any, aux: Any, mask: Any) -> Any:
     return found
 
 
+def _lost(losses: Any) -> Any:
+    if losses.ndim == 1:
+        return None
+    kept = jnp.all(jnp.isfinite(losses), axis=0)
+    return jnp.sum(~kept), jnp.argmin(kept)
+
+
 def _all_finite(tree: PyTree) -> Any:
     each = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(tree)]
     return jnp.all(jnp.stack(each))
@@ -117,6 +140,7 @@ def _batch_fn(
     has_aux: bool,
     carry: bool,
     initial: PyTree,
+    skip_nonfinite: bool,
 ) -> Callable[..., Any]:
     def fun(
         params: Any, opt_state: Any, state: Any, trace: Any, batch: dict[str, Any]
@@ -131,8 +155,16 @@ def _batch_fn(
         if not carry:
             end = [state, _emptied(graph, end[1])]
         losses, aux = losses if has_aux else (losses, {})
-        sums = _sums(graph, losses, aux, batch.get("mask"))
-        return _Found(sums, _all_finite(params)), params, opt_state, *end
+        lost, mask = _lost(losses), batch.get("mask")
+        if skip_nonfinite:
+            mask = without_nan(mask, losses)
+            losses = jnp.nan_to_num(losses, nan=0.0)
+        sums = _sums(graph, losses, aux, mask)
+        if skip_nonfinite:
+            one = jnp.ones((), losses.dtype)
+            sums["skipped samples"] = lost[0].astype(losses.dtype), one
+            lost = None
+        return _Found(sums, _all_finite(params), lost), params, opt_state, *end
 
     return fun
 
@@ -184,9 +216,13 @@ def _fetched(found: list[_Found], step: int) -> list[_Found]:
     for at, one in enumerate(found, step - len(found) + 1):
         loss = one.sums["loss"][0]
         if not np.isfinite(loss):
+            who = ""
+            if one.lost is not None:
+                count, first = map(int, one.lost)
+                who = f" in sample {first}" + f" and {count - 1} more" * (count > 1)
             raise FloatingPointError(
-                f"loss: got {loss} at step {at}, expected a finite number. Lower the "
-                "learning rate, clip the gradient, or look at that batch."
+                f"loss: got {loss} at step {at}{who}, expected a finite number. Lower "
+                "the learning rate, clip the gradient, or look at that batch."
             )
         if not one.finite:
             raise FloatingPointError(
@@ -258,6 +294,7 @@ def fit(
     window: int | None = None,
     reduction: Reduction = "sum",
     has_aux: bool = False,
+    skip_nonfinite: bool = False,
     carry: bool = True,
     initial: PyTree = None,
     callbacks: Sequence[Callback] = (),
@@ -277,8 +314,9 @@ def fit(
     **Arguments:**
 
     - `graph`: what `eqx_etrace.compile` returned.
-    - `loss_fn`, `has_aux`: as for `eqx_etrace.value_and_grad`. An `aux` is a dict of
-      numbers, whose means are metrics.
+    - `loss_fn`, `has_aux`, `skip_nonfinite`: as for `eqx_etrace.value_and_grad`. An
+      `aux` is a dict of numbers, whose means are metrics; so is how many samples of a
+      batch were skipped.
     - `optimiser`: any optax transformation.
     - `start`: a `Checkpoint`. Its `step` counts the batches that were read; its `trace`
       may be None, for zeros. Its arrays are copied and stay usable.
@@ -310,9 +348,9 @@ def fit(
     **Returns:** the `Checkpoint` after the last batch; without a batch that is `start`.
 
     **Raises:** `FloatingPointError` with the step at which a loss or a param was not
-    finite, at the next report or before the next file is written, which stays as it
-    was; `ValueError` that names the argument. Between reports and files nothing waits
-    for the device.
+    finite, and the sample where `loss_fn` gives a loss for each, at the next report or
+    before the next file is written, which stays as it was; `ValueError` that names the
+    argument. Between reports and files nothing waits for the device.
 
     !!! example
 
@@ -340,8 +378,9 @@ def fit(
                 f"save_every: got {save_every} without a path, expected both. Give the "
                 "file to save to as `path`."
             )
-    run = _updates(graph, loss_fn, optimiser, every, window, reduction, has_aux)
-    fun = _batch_fn(graph, run, has_aux, carry, initial)
+    options = every, window, reduction, has_aux, skip_nonfinite
+    run = _updates(graph, loss_fn, optimiser, *options)
+    fun = _batch_fn(graph, run, has_aux, carry, initial, skip_nonfinite)
     fun = jax.jit(fun, donate_argnums=(0, 1, 2, 3) if donate else ())
     host, now = _Host(graph, callbacks, evaluate, path), _own(graph, start)
     try:

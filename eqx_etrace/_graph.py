@@ -14,6 +14,7 @@ from ._facts import GroupFacts
 from ._group import HiddenGroup
 from ._hidden import Hidden
 from ._jaxpr import Equation, Program
+from ._place import Place
 from ._relation import Relation
 from ._report import Report, explain, report
 from ._rules import GlobalRule, LocalRule
@@ -87,6 +88,8 @@ class ETraceGraph(eqx.Module):
     """Where signals come in that are not the derivative by the state."""
     learned: tuple[int, ...] = eqx.field(static=True, default=())
     """The params, among `weights`, that the learning signal is made with."""
+    place: Place | None = eqx.field(static=True, default=None)
+    """On which devices it is, see `eqx_etrace.shardings`."""
     options: Options | None = eqx.field(static=True, default=None)
     """What else `compile` was told, to compile the model again."""
 
@@ -202,6 +205,8 @@ class ETraceGraph(eqx.Module):
 
     def __repr__(self) -> str:
         batch = "" if self.batch is None else f", batch={self.batch}"
+        if self.place is not None and self.place.axes:
+            batch += f" over {self.place.devices} devices"
         sizes = ", ".join(f"{g.units} x {g.slots}" for g in self.groups)
         return (
             f"ETraceGraph({self.param_leaves.count} params, {len(self.relations)} "

@@ -81,6 +81,14 @@ def unwrap(xs: PyTree) -> tuple[PyTree, list[bool]]:
     return jtu.tree_map(value, xs, is_leaf=_is_wrapped), moving
 
 
+def specs_of(graph: ETraceGraph, xs: PyTree) -> PyTree:
+    """How the leaves of `xs` are cut where the batch is spread over devices."""
+    assert graph.place is not None
+    both = graph.place.batch, graph.place.sequence
+    cuts = [both[moves] for moves in unwrap(xs)[1]]
+    return jtu.tree_unflatten(jtu.tree_structure(xs), cuts)
+
+
 def read_inputs(graph: ETraceGraph, xs: PyTree, *others: tuple[str, PyTree]) -> Inputs:
     """Check `xs` against the graph. The number of steps is that of the first leaf with
     a time axis; of the `others`, pairs of name and pytree, if there is none.

@@ -13,6 +13,7 @@ from ._drive import Sequence, check_window, read, renewed, sequence
 from ._graph import ETraceGraph
 from ._inputs import Inputs, window_of
 from ._objective import Objective, weighted
+from ._place import spreads
 from ._step import check_trace, init_trace, read_state, step
 
 
@@ -23,6 +24,7 @@ def learn(
     *,
     every: int = 1,
     has_aux: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[PyTree, PyTree, PyTree, PyTree, PyTree]]:
     """A function that drives a sequence and updates the parameters on the way.
 
@@ -37,7 +39,8 @@ def learn(
       the default, it is the loop one would write with `eqx_etrace.step`; with more,
       these steps are taken in one window. Steps that are left over at the end make an
       update of their own.
-    - `has_aux`: whether `loss_fn` returns `(loss, aux)`.
+    - `has_aux`, `skip_nonfinite`: as for `eqx_etrace.value_and_grad`; a sample is
+      skipped for one update, and begins anew at the next.
 
     **Returns:** a pure function
     `fn(params, opt_state, state, trace, xs, targets, mask=None, *, reset=None,
@@ -85,7 +88,9 @@ def learn(
         initial: PyTree = None,
         signal: PyTree = None,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
-        inputs, rest = read(graph, objective, xs, targets, mask, reset, signal)
+        inputs, rest = read(
+            graph, objective, xs, targets, mask, reset, signal, skip_nonfinite
+        )
         read_state(graph, params, state)
         trace = init_trace(graph) if trace is None else trace
         check_trace(graph, trace)
@@ -94,7 +99,7 @@ def learn(
         def chunk(carry: Any, part: Sequence) -> Any:
             params, opt_state, state, trace = carry
             count = len(jtu.tree_leaves(part)[0])
-            one = every == 1
+            one = every == 1 and not (skip_nonfinite or spreads(graph))
             run = one_step if one else window
             losses, grads, state, trace = run(params, state, trace, part, count)
             return (*update(params, opt_state, grads), state, trace), losses
@@ -103,9 +108,8 @@ def learn(
             params: Any, state: Any, trace: Any, part: Sequence, count: int
         ) -> Any:
             mine = Inputs(_leaves(inputs, part.xs), inputs.moving, count)
-            return sequence(
-                graph, objective, None, params, state, trace, mine, part, initial
-            )
+            given = params, state, trace, mine, part, initial
+            return sequence(graph, objective, None, *given, skip=skip_nonfinite)
 
         def one_step(
             params: Any, state: Any, trace: Any, part: Sequence, count: int

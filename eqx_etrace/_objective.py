@@ -12,6 +12,8 @@ from jaxtyping import PyTree
 from ._errors import describe, sentence
 from ._graph import ETraceGraph
 from ._inputs import window_of
+from ._place import spreads
+from ._stage import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Objective:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets
         )
         found = jax.eval_shape(self.loss_fn, out, target)
+        told = None
         if self.has_aux:
             if not (isinstance(found, tuple) and len(found) == 2):
                 raise ValueError(
                     f"loss_fn: got {type(found).__name__}, expected a pair (loss, aux) "
                     "because of `has_aux=True`. Return both, or leave out `has_aux`."
                 )
-            found = found[0]
+            found, told = found
         shapes = [(), lead] if lead else [()]
         real = hasattr(found, "dtype") and jnp.issubdtype(found.dtype, jnp.floating)
         if not real or found.shape not in shapes:
@@ -56,7 +59,27 @@ class Objective:
             remedy = "Return a scalar loss of one step"
             remedy += ", or one loss per sample." if lead else "."
             raise ValueError(sentence("loss_fn", describe(found), expected, remedy))
+        if spreads(graph):
+            self._check_samples(lead, found, told, targets)
         return found
+
+    def _check_samples(
+        self, lead: tuple[int, ...], loss: Any, aux: PyTree, targets: PyTree
+    ) -> None:
+        """Raise `ValueError` unless each sample has its own part of everything, so that
+        a device can do without those of the others."""
+        remedy = "The batch is spread over devices, and each knows its own samples."
+        for path, leaf in (
+            *named_leaves("loss_fn", loss),
+            *named_leaves("aux of loss_fn", aux),
+        ):
+            if leaf.shape[:1] != lead:
+                expected = f"one entry per sample, {lead}, in front"
+                raise ValueError(sentence(path, describe(leaf), expected, remedy))
+        for path, leaf in named_leaves("targets", targets):
+            if leaf.shape[1:2] != lead:
+                expected = f"time, then the batch {lead} in front"
+                raise ValueError(sentence(path, describe(leaf), expected, remedy))
 
 
 @dataclasses.dataclass(frozen=True)

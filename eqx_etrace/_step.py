@@ -38,6 +38,7 @@ from ._jacobian import (
     run,
     shared_env,
 )
+from ._place import WHOLE, over_devices, placed, spreads
 from ._rules import GlobalRule, LocalRule
 from ._stage import Frozen
 from ._step_credit import (
@@ -72,7 +73,7 @@ def init_trace(graph: ETraceGraph) -> PyTree:
     """
 
     if isinstance(graph.rule, GlobalRule):
-        return init_global(graph, graph.rule)
+        return placed(graph, init_global(graph, graph.rule))
 
     def lead(leaf: Any) -> Any:
         return (
@@ -83,7 +84,7 @@ def init_trace(graph: ETraceGraph) -> PyTree:
 
     rule = graph.rule
     traces = tuple(rule.kept(r, rule.init(r)) for r in graph.relations)
-    return jtu.tree_map(lead, traces)
+    return placed(graph, jtu.tree_map(lead, traces))
 
 
 def step(
@@ -129,6 +130,11 @@ def step(
     param_leaves, state_leaves, x_leaves = read_step(graph, params, state, x)
     check_trace(graph, trace)
     given = read_given(graph, signal)
+    if place := spreads(graph):
+        batch = place.batch
+        specs = WHOLE, batch, batch, batch, batch
+        run = over_devices(graph, _told, specs, batch)
+        return run(params, state, trace, x, given)
     weights, prepared = prepare(graph, param_leaves)
     out, new_state, new_trace = one_step(
         graph, weights, prepared, state_leaves, trace, x_leaves, given
@@ -140,6 +146,12 @@ def step(
         ),
         new_trace,
     )
+
+
+def _told(
+    graph: ETraceGraph, params: Any, state: Any, trace: Any, x: Any, signal: Any
+) -> tuple[PyTree, PyTree, PyTree]:
+    return step(graph, params, state, trace, x, signal=signal)
 
 
 def one_step(

@@ -12,9 +12,10 @@ from jaxtyping import PyTree
 
 from ._forward import Setting, forward
 from ._graph import ETraceGraph
-from ._inputs import Inputs, read_inputs, window_of
+from ._inputs import Inputs, read_inputs, specs_of, window_of
 from ._jacobian import prepare
 from ._multi_step import forward_from, moved_trace, with_edge
+from ._place import WHOLE, over_devices, spreads
 from ._saving import plan
 from ._stage import Frozen
 from ._step import check_trace, init_trace, merge_graph, read_state
@@ -67,6 +68,8 @@ def steps(
     inputs = read_inputs(graph, xs)
     leaves, start = read_state(graph, params, state)
     check_trace(graph, trace)
+    if spreads(graph):
+        return _over_devices(graph, steps, params, state, trace, xs)
     weights, prepared = prepare(graph, leaves)
     arrays, static = eqx.partition(graph, eqx.is_array)
     core: Any = _core  # pyright cannot see through the decorator
@@ -108,6 +111,8 @@ def evolve(
     if trace is None:
         trace = init_trace(graph)
     check_trace(graph, trace)
+    if spreads(graph):
+        return _over_devices(graph, evolve, params, state, trace, xs)
     given = leaves, start, trace, inputs.leaves
     leaves, start, trace, xs_leaves = jax.lax.stop_gradient(given)
     weights, prepared = prepare(graph, leaves)
@@ -115,6 +120,22 @@ def evolve(
     inputs = Inputs(xs_leaves, inputs.moving, inputs.steps)
     outs, new, trace = _evolve(setting, start, trace, inputs)
     return _outputs(graph, outs), _state(graph, new), trace
+
+
+def _over_devices(
+    graph: ETraceGraph,
+    fun: Any,
+    params: PyTree,
+    state: PyTree,
+    trace: PyTree,
+    xs: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """`steps` or `evolve`, each device with its own samples."""
+    assert graph.place is not None
+    batch, sequence = graph.place.batch, graph.place.sequence
+    specs = WHOLE, batch, batch, specs_of(graph, xs)
+    run = over_devices(graph, fun, specs, (sequence, batch, batch))
+    return run(params, state, trace, xs)
 
 
 _WINDOW = 32

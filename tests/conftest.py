@@ -4,9 +4,14 @@ import os
 import pathlib
 
 
-# Programs are small here: more threads to compile one take longer.
+# Programs are small here: more threads to compile one take longer. Four devices are
+# for `test_shardings`; all else is on the first.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_force_host_platform_device_count=4",
+    ]
 ).strip()
 
 import jax  # noqa: E402

@@ -178,6 +178,11 @@ def draw(found, file):
         ]
         plot.scaling(rows, column)
         column[0].set_title(load)
+    handles = axes[0, 0].get_legend_handles_labels()
+    for axis in axes.flat:
+        if axis.get_legend() is not None:
+            axis.get_legend().remove()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file)
     print(f"wrote {file}")
 
