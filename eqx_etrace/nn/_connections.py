@@ -132,7 +132,8 @@ class Sparse(_Stateless):
         self, x: Float[Array, " pre"], state: tuple[()] = ()
     ) -> tuple[Float[Array, " post"], tuple[()]]:
         check_input(self, x, (self.pre,))
-        y = jnp.sum(self.weight * x[self.indices], axis=1)
+        # As a product it has one value per unit, not one per synapse.
+        y = jnp.einsum("ij,ij->i", self.weight, x[self.indices])
         return (y if self.bias is None else y + self.bias), state
 
 
