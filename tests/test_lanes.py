@@ -41,9 +41,9 @@ def of_others(make, rule=None):
     return dataclasses.replace(graph, batch=len(REST)), params, others(state, 0)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("window", [1, 5])
-@pytest.mark.parametrize("make", [lif, gru])
+@pytest.mark.parametrize(
+    "make, window, reduction", [(lif, 1, "mean"), (lif, 5, "sum"), (gru, 5, "mean")]
+)
 def test_the_gradient_is_that_of_the_others(make, window, reduction):
     graph, params, state = compiled(make)
     fewer, _, of_rest = of_others(make)
