@@ -352,6 +352,22 @@ def test_a_shard_map_of_ones_own():
     alike(quick_jit(mapped)(params, state, xs, targets), expected)
 
 
+def test_samples_over_two_axes():
+    graph, params, state = compiled(lif)
+    xs, targets = data()
+    axes = "host", "device"
+    mesh = jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    there = etrace.shardings(graph, mesh, batch=axes, units=None)
+    assert there.sequence.spec == P(None, axes) and there.local.batch == BATCH // 4
+    found, expected = (
+        quick_jit(etrace.value_and_grad(each, loss_fn, window=5))(
+            params, state, None, xs, targets
+        )
+        for each in (there.graph, graph)
+    )
+    alike(found, expected)
+
+
 def test_explicit_axes_of_samples():
     graph, params, state = compiled(lif)
     xs, targets = data()
