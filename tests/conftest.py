@@ -39,8 +39,8 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect
 
 
-# All that these have is run; of other tests with many cases every second, third or sixth
-# one, and the rest with `-m long`.
+# All that these have is run; of other tests with many cases every second, third or
+# sixth one, and the rest with `-m long`.
 WHOLE = {"test_docs", "test_docstrings", "test_fuzz", "test_notebooks"}
 MANY = 6
 
