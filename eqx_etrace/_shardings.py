@@ -117,16 +117,16 @@ def shardings(
             "`compile` returned. Pass that one."
         )
     _check_batch(graph, mesh, of_batch)
-    place = _Place(graph, mesh, of_batch, of_units)
-    rows = tuple(jtu.tree_leaves(place.trace(lead=False))) if of_units else ()
+    layout = _Layout(graph, mesh, of_batch, of_units)
+    rows = tuple(jtu.tree_leaves(layout.trace(lead=False))) if of_units else ()
     specs = tuple(sharding.spec for sharding in rows)
     spread = dataclasses.replace(graph, place=Place(mesh, of_batch, specs))
     lead = of_batch or None
     return Shardings(
-        params=place.params(),
-        state=place.state(),
-        trace=place.trace(lead=True),
-        x=place.x(),
+        params=layout.params(),
+        state=layout.state(),
+        trace=layout.trace(lead=True),
+        x=layout.x(),
         sequence=NamedSharding(mesh, PartitionSpec(None, lead)),
         graph=spread,
         local=local(spread),
@@ -169,7 +169,7 @@ def _check_batch(graph: ETraceGraph, mesh: Mesh, axes: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _Layout:
     """Finds the axis of each array that runs along units."""
 
     graph: ETraceGraph

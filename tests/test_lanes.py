@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from oracles import quick_jit
-from test_shardings import (
+from spread import (
     BATCH,
     STEPS,
     alike,
