@@ -116,6 +116,7 @@ def _relate(
     names: dict[int, tuple[str, ...]],
     op_rules: OpRules,
     rule: LocalRule | GlobalRule,
+    reads: Reads,
 ) -> tuple[tuple[HiddenGroup, ...], tuple[Relation, ...]]:
     pairs = [(use, n) for use in uses for n in related_groups(use, units, locality)]
     groups = []
@@ -136,7 +137,7 @@ def _relate(
     groups = detached(groups, rule.detach)
     relations = [
         make_relation(
-            program, use, n, units, locality, groups[n], names[use.ref], op_rules
+            program, use, n, units, locality, groups[n], names[use.ref], op_rules, reads
         )
         for use, n in pairs
     ]
@@ -283,7 +284,7 @@ def compile(
         for use in uses
     }
     groups, relations = _relate(
-        program, hidden, units, locality, staged, uses, names, op_rules, rule
+        program, hidden, units, locality, staged, uses, names, op_rules, rule, reads
     )
     analysis = Analysis(
         program=program,
@@ -382,7 +383,11 @@ def _with_rule(graph: ETraceGraph) -> ETraceGraph:
     bound, decisions = graph.rule.bound(weights)
     shares = weights.shares([id(bound.of(relation)) for relation in graph.relations])
     relations = tuple(
-        dataclasses.replace(relation, same_x=x, same_df=df)
+        dataclasses.replace(
+            relation if bound.of(relation).factorised else relation.whole(),
+            same_x=x,
+            same_df=df,
+        )
         for relation, (x, df) in zip(graph.relations, shares, strict=True)
     )
     decisions = (*graph.decisions, *decisions)
@@ -412,7 +417,7 @@ def _assemble(
     rest = [equation for equation in program.equations if equation not in body]
     preparation = tuple(live(rest, weights + prepared))
     context = {ref for group in groups for ref in group.context}
-    operands = {ref for relation in relations for ref in relation.equation.values}
+    operands = {ref for relation in relations for ref in relation.values}
     saved = {ref for ref in context | operands if program.origins[ref] is Origin.DATA}
     return ETraceGraph(
         groups=groups,

@@ -25,9 +25,11 @@ class GroupFacts:
     - `reads`: the values of the step, old hidden leaves among them, that the entries
       that are not fixed depend on.
     - `drives`: per use of the group, the first use with the very same df.
+    - `per_unit`: per use, whether df is the same for all elements that feed one unit.
     """
 
     alike: Flags
     fixed: Flags
     reads: tuple[int, ...]
     drives: tuple[int, ...]
+    per_unit: tuple[bool, ...]

@@ -170,7 +170,8 @@ def _weight_jacobian(
     env: Mapping[int, Any],
 ) -> WeightJacobian:
     group = graph.groups[relation.group]
-    every = dataclasses.replace(relation, alike=(False,) * len(relation.slots))
+    alike = (False,) * len(relation.slots)
+    every = dataclasses.replace(relation.whole(), alike=alike)
     local = relation_jacobian(graph, every, jacobian, env)
     spread = [
         [None if factor is None else relation.map.spread(factor) for factor in row]

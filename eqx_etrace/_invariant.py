@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import Array
 
 from ._canonicalise import wrapped
 from ._custom_types import Labels
@@ -29,7 +30,7 @@ from ._jacobian import group_jacobian, shared_env
 from ._jaxpr import REDUCTIONS, Equation, Origin, Program, literal, live
 from ._known import values_made
 from ._reads import ALL, NONE, Mixing, Reads
-from ._relation import Relation
+from ._relation import Relation, UnitMap
 
 
 def with_facts(graph: ETraceGraph) -> ETraceGraph:
@@ -44,9 +45,11 @@ def with_facts(graph: ETraceGraph) -> ETraceGraph:
         if _gains(relation):
             found = _alike(relation, facts[relation.group].alike, use)
             relation = dataclasses.replace(relation, alike=found)
+        if facts[relation.group].per_unit[use]:
+            relation = dataclasses.replace(relation, first=_first(relation))
         relations.append(relation)
     saved = {ref for found in facts for ref in found.reads} - set(graph.hidden.old)
-    operands = {ref for r in relations for ref in r.equation.values}
+    operands = {ref for r in relations for ref in r.values}
     saved |= operands.intersection(graph.saved)
     if graph.exits is not None:
         saved.update(graph.exits.context)
@@ -70,6 +73,17 @@ def _gains(relation: Relation) -> bool:
         and math.prod(smaller) < math.prod(relation.op.trace_shape)
         and relation.map.total
     )
+
+
+def _first(relation: Relation) -> Array | None:
+    """For each unit an element of y, where that is less than half of them."""
+    positions = np.asarray(relation.units).reshape(-1)
+    if positions.size < 2 * relation.map.units:
+        return None
+    units, elements = np.unique(positions, return_index=True)
+    found = np.zeros(relation.map.units, np.int32)
+    found[units[units >= 0]] = elements[units >= 0]
+    return jnp.asarray(found)
 
 
 def _alike(relation: Relation, equal: Flags, use: int) -> tuple[bool, ...]:
@@ -104,17 +118,35 @@ def _facts(graph: ETraceGraph, wide: ETraceGraph, group: HiddenGroup) -> GroupFa
         program, values = flatten_unfolded(closed, wrapped)
     except CompileError:  # A call that the compiler cannot read: nothing is known.
         no = flags([False] * treedef.num_leaves)
-        return GroupFacts(no, no, data, tuple(range(len(group.uses))))
+        uses = range(len(group.uses))
+        return GroupFacts(no, no, data, tuple(uses), (False,) * len(uses))
     inputs = program.inputs[len(program.inputs) - len(data) :]
     numbers = _Numbers(program, values).run()
-    same = [bool((numbers[ref] == numbers[ref][:1]).all()) for ref in program.outputs]
+    labels = [numbers.operand(ref) for ref in program.outputs]
+    same = [bool((found == found[:1]).all()) for found in labels]
     moved = _moved(program, set(inputs))
     fixed = [ref not in moved for ref in program.outputs]
     names = _names(program, values)
     outputs = [names[ref] for ref in program.outputs]
     made = jtu.tree_unflatten(treedef, outputs).direct
     drives = tuple(made.index(row) for row in made)
-    return GroupFacts(flags(same), flags(fixed), _reads(wide, group), drives)
+    drive = jtu.tree_unflatten(treedef, labels).direct
+    mine = (r for r in graph.relations if graph.groups[r.group] is group)
+    maps = {relation.y: relation.map for relation in mine}
+    per_unit = tuple(
+        all(_same_per_unit(label, maps[ref]) for label in row if label is not None)
+        for ref, row in zip(group.uses, drive, strict=True)
+    )
+    facts = flags(same), flags(fixed), _reads(wide, group), drives
+    return GroupFacts(*facts, per_unit)
+
+
+def _same_per_unit(labels: Labels, units: UnitMap) -> bool:
+    places = np.asarray(units.positions()).reshape(-1)
+    labels, places = labels[places >= 0], places[places >= 0]
+    one = np.zeros(units.units, labels.dtype)
+    one[places] = labels
+    return bool((one[places] == labels).all())
 
 
 def _reads(graph: ETraceGraph, group: HiddenGroup) -> tuple[int, ...]:
@@ -195,21 +227,19 @@ class _Numbers:
 
     def __init__(self, program: Program, values: Sequence[Any]):
         self.program = program
-        constants = dict(zip(program.constants, values, strict=True))
-        self.reads = Reads(program, constants)
+        self.constants = dict(zip(program.constants, values, strict=True))
+        self.reads = Reads(program, self.constants)
         self.fresh: Iterator[int] = itertools.count()
         self.numbers: dict[int, Labels] = {}
-        for ref, value in constants.items():
-            self.numbers[ref] = self.of_array(value)
         read = {ref for equation in program.equations for ref in equation.values}
         for ref in read.union(program.outputs).intersection(program.inputs):
             self.numbers[ref] = self.distinct(program.avals[ref].size)
 
-    def run(self) -> dict[int, Labels]:
+    def run(self) -> "_Numbers":
         for equation in self.program.equations:
             for position, ref in enumerate(equation.outputs):
                 self.numbers[ref] = self.through(equation, position)
-        return self.numbers
+        return self
 
     def distinct(self, size: int) -> Labels:
         """Numbers that differ, from each other and from all others."""
@@ -229,6 +259,8 @@ class _Numbers:
 
     def operand(self, ref: Any) -> Labels:
         if isinstance(ref, int):
+            if ref not in self.numbers:  # Most constants are indices, never read here.
+                self.numbers[ref] = self.of_array(self.constants[ref])
             return self.numbers[ref]
         return self.of_array(jnp.asarray(literal(ref)))
 

@@ -247,15 +247,15 @@ def relation_jacobian(
     env: Mapping[int, Any],
 ) -> RelationJacobian:
     """What a learning rule needs to know about one relation."""
-    operands = tuple(value_of(env, ref) for ref in relation.equation.inputs)
+    operands = tuple(value_of(env, ref) for ref in relation.operands)
     return reduced(relation, graph.groups[relation.group], jacobian, operands)
 
 
 def moving_operands(graph: ETraceGraph, relation: Relation) -> tuple[bool, ...]:
-    """Per operand of a use, whether it is data of the step, with the batch in front."""
+    """Per operand of a relation, whether it is data of the step, with the batch in
+    front."""
     saved = set(graph.saved)
-    inputs = relation.equation.inputs
-    return tuple(isinstance(ref, int) and ref in saved for ref in inputs)
+    return tuple(isinstance(ref, int) and ref in saved for ref in relation.operands)
 
 
 def reduced(
@@ -274,12 +274,20 @@ def reduced(
     for slot in range(group.slots):
         if slot not in relation.reached:
             direct[slot] = None
+        elif relation.first is not None:
+            direct[slot] = _taken(direct[slot], relation)
     for slot, alike in zip(relation.slots, relation.alike, strict=True):
         if alike:
             transition[slot] = _firsts(transition[slot], 1)
             within[slot] = _firsts(within[slot], 1)
-            direct[slot] = _firsts([direct[slot]], len(relation.y_shape))[0]
+            direct[slot] = _firsts([direct[slot]], len(relation.drive_shape))[0]
     return RelationJacobian(transition, within, direct, operands)
+
+
+def _taken(direct: Any, relation: Relation) -> Any:
+    """The entry of one element per unit."""
+    lead = direct.shape[: direct.ndim - len(relation.y_shape)]
+    return direct.reshape(*lead, -1).at[..., relation.first].get(mode="clip")
 
 
 def _firsts(row: Sequence[Any], axes: int) -> list[Any]:

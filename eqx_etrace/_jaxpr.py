@@ -80,7 +80,7 @@ REAL, IMAG = prims.real_p, prims.imag_p
 COND, SCAN, WHILE = prims.cond_p, prims.scan_p, prims.while_p
 STOP_GRADIENT = prims.stop_gradient_p
 LINEAR_SOLVE = prims.linear_solve_p
-DOT_GENERAL = prims.dot_general_p
+DOT_GENERAL, MUL = prims.dot_general_p, prims.mul_p
 SCATTER_ADD, SCATTER_MUL = prims.scatter_add_p, prims.scatter_mul_p
 
 

@@ -14,6 +14,7 @@ shape (reads, *shape of o) and holds element numbers of the operand, or NONE:
 `pull` moves labels forward along these reads, `push` moves them backward.
 """
 
+import dataclasses
 import enum
 import functools as ft
 from collections.abc import Mapping
@@ -163,6 +164,9 @@ class Reads:
                 args.append(jnp.asarray(_places(aval.shape)))
             else:
                 args.append(jnp.full(aval.shape, NONE, np.int32))
+        if "fill_value" in equation.params:  # What is read outside is no element.
+            params = {**equation.params, "fill_value": NONE}
+            equation = dataclasses.replace(equation, params=params)
         with jax.ensure_compile_time_eval():
             outs = [np.asarray(out) for out in bind(equation, args)]
         return [np.where(out < 0, NONE, out) for out in outs]

@@ -20,10 +20,11 @@ from ._custom_types import Labels
 from ._errors import CompileError
 from ._flatten import flatten_unfolded
 from ._group import HiddenGroup
-from ._jaxpr import Equation, Origin, Program, aval_of, bind
+from ._jaxpr import MUL, Equation, Origin, Program, Ref, aval_of, bind
 from ._locality import Edge, Locality
-from ._op_rules import OpRule, OpRules, merge_axes, op_rule
-from ._reads import NONE
+from ._op_rules import Dense, Elementwise, OpRule, OpRules, merge_axes, op_rule
+from ._presynaptic import Presynaptic, find_presynaptic
+from ._reads import NONE, Reads
 from ._units import Units
 
 
@@ -136,6 +137,12 @@ class Relation(eqx.Module):
     """Per entry of `slots`, whether the trace is the same for all units: then it has
     the shape of dy/dw."""
     map: UnitMap
+    presynaptic: Presynaptic | None = None
+    """What the x of w * x or w @ x is copied from, where that is smaller, for a rule
+    that filters x alone."""
+    first: Int[Array, " units"] | None = None
+    """For each unit an element of y that feeds it, where all of these have the same df,
+    for a rule that filters df alone."""
     exits: int = eqx.field(static=True, default=0)
     """By how many values its group acts beyond its units, where a rule filters them."""
     passes: bool = eqx.field(static=True, default=False)
@@ -144,6 +151,25 @@ class Relation(eqx.Module):
     """The number of the first relation with the same dy/dw, None if that is this."""
     same_df: int | None = eqx.field(static=True, default=None)
     """The number of the first relation with the same df, None if that is this."""
+
+    @property
+    def operands(self) -> tuple[Ref, ...]:
+        """What a rule is told: the operands of the use and what x is copied from."""
+        if self.presynaptic is None:
+            return self.equation.inputs
+        return *self.equation.inputs, self.presynaptic.ref
+
+    @property
+    def read(self) -> tuple[bool, ...]:
+        """Per operand, whether the trace depends on its value."""
+        if self.presynaptic is None:
+            return self.reads
+        return *(False for _ in self.reads), True
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Those of the operands that are values, without the literals."""
+        return tuple(ref for ref in self.operands if isinstance(ref, int))
 
     @property
     def edge(self) -> Edge:
@@ -169,13 +195,26 @@ class Relation(eqx.Module):
     def units(self) -> Int[Array, "..."]:
         return self.map.positions()
 
+    def whole(self) -> "Relation":
+        """With x and df as they are."""
+        return dataclasses.replace(self, presynaptic=None, first=None)
+
+    @property
+    def drive_shape(self) -> tuple[int, ...]:
+        """The shape of df as a rule is told it: that of y, or one element per unit."""
+        return self.y_shape if self.first is None else (self.map.units,)
+
+    def spread(self, v: Shaped[Array, "*lead _"]) -> Shaped[Array, "..."]:
+        """A vector over units as one that multiplies df."""
+        return self.map.spread(v) if self.first is None else v
+
     def expand(self, v: Shaped[Array, " units"]) -> Shaped[Array, "..."]:
         """A vector over units, shaped so that it multiplies a trace."""
         return self.op.expand(self.map.spread(v))
 
     def y_of(self, w: Any, operands: tuple[Any, ...]) -> Any:
         """y for the weight `w` and the other operands as they are."""
-        args = list(operands)
+        args = list(operands[: len(self.equation.inputs)])
         args[self.operand] = w
         return bind(self.equation, args)[self.equation.outputs.index(self.y)]
 
@@ -201,6 +240,23 @@ class Relation(eqx.Module):
         # By a real weight an influence is the real part of a product.
         imaginary = self.op.influence(-1j * one, operands)
         return jax.lax.complex(whole.real, imaginary.real)
+
+    def contract_factors(self, df: Any, derivative: Any) -> Shaped[Array, "..."]:
+        """`op.contract` of a df and of a dy/dw or what the x of it is copied from; an
+        axis in front of both is summed."""
+        v = df if self.first is None else self.map.spread(df)
+        if self.presynaptic is None:
+            return self.op.contract([v], [derivative])
+
+        def copied(value: Any) -> Any:
+            assert self.presynaptic is not None
+            w = jnp.zeros(self.weight_shape, value.dtype)
+            x = self.presynaptic.copied(value)
+            return self.derivative((w, x) if self.operand == 0 else (x, w))
+
+        if derivative.ndim > len(self.presynaptic.shape):
+            copied = jax.vmap(copied)
+        return self.op.contract_derivative(v, copied(derivative))
 
     @property
     def array_slots(self) -> tuple[int, ...]:
@@ -295,6 +351,18 @@ def _reads(program: Program, use: Use, op: OpRule) -> tuple[bool, ...]:
     return tuple(ref in read for ref in found.inputs[1:])
 
 
+def _presynaptic(
+    program: Program, use: Use, op: OpRule, reads: Reads
+) -> Presynaptic | None:
+    by_x = isinstance(op, Dense) or (
+        isinstance(op, Elementwise) and use.equation.primitive is MUL
+    )
+    avals = [aval_of(program.avals, ref) for ref in (use.y, *use.equation.inputs)]
+    if not by_x or any(jnp.iscomplexobj(a) or not a.inexact for a in avals):
+        return None
+    return find_presynaptic(program, reads, use.equation.inputs[1 - use.operand])
+
+
 def _links(
     group: HiddenGroup, slots: tuple[int, ...], separable: bool
 ) -> tuple[tuple[int, ...] | None, ...]:
@@ -320,6 +388,7 @@ def make_relation(
     group: HiddenGroup,
     names: tuple[str, ...],
     op_rules: OpRules,
+    reads: Reads,
 ) -> Relation:
     """The relation of a use to group `number`."""
     links = [
@@ -364,4 +433,5 @@ def make_relation(
         links=_links(group, slots, smaller is not None),
         alike=(False,) * len(slots),
         map=unit_map(positions, group.units, shape),
+        presynaptic=_presynaptic(program, use, op, reads),
     )

@@ -265,7 +265,10 @@ class _Layout:
                 axis = next((axis for axis in axes if axis is not None), None)
                 return self._at(axis, lead)
 
-            return jtu.tree_map(one, trace)
+            found = jtu.tree_map(one, trace)
+            if relation.presynaptic is not None:  # Along units that send.
+                found = found._replace(presynaptic=self._at(None, lead))
+            return found
 
         pairs = zip(graph.relations, whole, strict=True)
         return tuple(of(relation, trace) for relation, trace in pairs)

@@ -42,8 +42,12 @@ def _drive_key(graph: ETraceGraph, relation: Relation) -> Hashable:
 
 
 def _derivative_key(graph: ETraceGraph, relation: Relation) -> Hashable:
-    """How dy/dw is made, and of what; None where that has constants of its own."""
+    """How dy/dw is made, and of what; None where that has constants of its own. Where
+    x is copied from a smaller value, that value."""
     avals = graph.program.avals
+    dtype = relation.trace_dtypes[0]
+    if relation.presynaptic is not None:
+        return relation.presynaptic.ref, str(dtype), relation.y_dtype
     given = [(k, ref) for k, ref in relation.equation.operands if relation.reads[k]]
     specs = {k: jax.ShapeDtypeStruct(avals[r].shape, avals[r].dtype) for k, r in given}
 
@@ -59,5 +63,4 @@ def _derivative_key(graph: ETraceGraph, relation: Relation) -> Hashable:
     closed = jax.make_jaxpr(derivative)(specs)
     if closed.consts:
         return None
-    dtype = relation.trace_dtypes[0]
     return str(closed), tuple(ref for _, ref in given), str(dtype), relation.y_dtype

@@ -45,7 +45,7 @@ def local_reads(graph: ETraceGraph) -> list[int]:
     reads = {ref for facts in graph.facts for ref in facts.reads}
     data = {*graph.saved, *graph.program.inputs[graph.param_leaves.count :]}
     for relation in graph.relations:
-        operands = zip(relation.equation.inputs, relation.reads, strict=True)
+        operands = zip(relation.operands, relation.read, strict=True)
         known = (ref for ref, read in operands if read and isinstance(ref, int))
         reads.update(data.intersection(known))
     return sorted(reads)
@@ -172,7 +172,7 @@ def _operands(
     """The operands of a use, those without influence of any value."""
     graph, found = setting.graph, []
     lead = (setting.steps,) if graph.batch is None else (setting.steps, graph.batch)
-    for ref in relation.equation.inputs:
+    for ref in relation.operands:
         if isinstance(ref, int) and ref not in env:
             aval = graph.program.avals[ref]
             found.append(jnp.zeros((*lead, *aval.shape), aval.dtype))

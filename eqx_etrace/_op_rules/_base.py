@@ -157,14 +157,23 @@ class OpRule(abc.ABC):
         if full:
             heard, entries = zip(*full, strict=True)
             total = self._contract_full(heard, entries, dtype)
-        expand = jax.vmap(self.expand) if batched else self.expand
-        axes = tuple(axis + batched for axis in self.summed)
         for v, trace in pairs:
             if trace.shape[batched:] != self.trace_shape:
-                v, trace = expand(v.astype(dtype)), trace.astype(dtype)
-                found = sum_of_product(v, trace, (0, *axes) if batched else axes)
-                total = total + found.reshape(self.weight_shape)
+                total = total + self.contract_derivative(v, trace)
         return total
+
+    def contract_derivative(
+        self, v: Shaped[Array, "..."], derivative: Shaped[Array, "..."]
+    ) -> Shaped[Array, "..."]:
+        """The same for a single trace that is as large as `derivative` gives it, or is
+        made on the way: it need not be held in memory."""
+        dtype = _sum_dtype([v, derivative])
+        batched = derivative.ndim > len(self.trace_shape)
+        expand = jax.vmap(self.expand) if batched else self.expand
+        axes = tuple(axis + batched for axis in self.summed)
+        v, derivative = expand(v.astype(dtype)), derivative.astype(dtype)
+        found = sum_of_product(v, derivative, (0, *axes) if batched else axes)
+        return found.reshape(self.weight_shape)
 
     def _contract_full(self, vectors: Any, traces: Any, dtype: Any) -> Any:
         samples = tuple(vectors), tuple(traces)

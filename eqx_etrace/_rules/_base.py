@@ -32,7 +32,8 @@ class RelationJacobian:
     - `transition`: D, `transition[s'][s]` a vector over units, by the old slot s.
     - `within`: L, `within[s'][s]` a vector over units, by the *new* slot s.
     - `direct`: df, `direct[s']` of the shape of y.
-    - `operands`: the values of the operands of the use, the weight among them.
+    - `operands`: the values of the operands of the use, the weight among them; then,
+      for a rule that is `factorised`, where x is copied from one, that value.
     - `gain`: for a rule that `filters`, per exit of the group and slot the derivative
       of the exit, a vector over units; None for an exit that is not of this group.
     - `slope`: for a rule with an `average`, per exit of the group its derivative by y,
@@ -125,6 +126,8 @@ class LocalRule(eqx.Module):
     scope: eqx.AbstractVar[Scope]
     windowed: ClassVar[bool] = False
     """Whether the rule has `window`; without, steps are taken one by one."""
+    factorised: ClassVar[bool] = False
+    """Whether the rule filters dy/dw and dh/dy apart from each other."""
     filters: ClassVar[bool] = False
     """Whether the rule has `gradient_at_exits`, for signals that come in there."""
 

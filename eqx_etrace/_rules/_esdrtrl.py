@@ -26,8 +26,10 @@ AT_ONCE = 64
 class FactorisedTrace(NamedTuple):
     """The trace of `ESDRTRL` for one relation.
 
-    - `presynaptic`: dy/dw, filtered; for a product `W @ x` the vector x.
-    - `postsynaptic`: per slot dh/dy, filtered, of the shape of y.
+    - `presynaptic`: dy/dw, filtered; for a product `W @ x` the vector x; where that
+      consists of copies, as in a sparse connection, what it is copied from.
+    - `postsynaptic`: per slot dh/dy, filtered, of the shape of y; where it is the same
+      for all elements of y that feed one unit, a vector over units.
     - `weight`: 1 - decay^t after t steps, which the latter is to be divided by.
 
     Of relations with the same x, as of those with the same dh/dy, the first keeps what
@@ -58,9 +60,10 @@ class ESDRTRL(LocalRule):
       the gradient is that of the current step alone.
     - `scope`, `signal`: as for `DRTRL`.
 
-    Memory: batch x (inputs + outputs x slots) of each weight, as for activations. It is
-    an approximation on every model with a memory; for an elementwise weight, whose y is
-    as large, it saves nothing.
+    Memory: batch x (inputs + outputs x slots) of each weight, as for activations; of a
+    sparse connection, whether its synapses are rows of indices or a list of edges,
+    batch x (units that send + units that receive x slots). It is an approximation on
+    every model with a memory; for one elementwise weight per unit it saves nothing.
 
     **Source:** Wang et al., *Model-agnostic linear-memory online learning in spiking
     neural networks*, Nature Communications 17, 2026.
@@ -74,6 +77,7 @@ class ESDRTRL(LocalRule):
     """
 
     windowed: ClassVar[bool] = True
+    factorised: ClassVar[bool] = True
 
     decay: float | int | tuple[float, float] = eqx.field(static=True)
     scope: Scope = eqx.field(static=True)
@@ -118,9 +122,11 @@ class ESDRTRL(LocalRule):
     def init(self, relation: Relation) -> FactorisedTrace:
         """Zeros: one presynaptic array, and one of the shape of y per slot."""
         shape = relation.derivative_shape or relation.op.trace_shape
+        if relation.presynaptic is not None:
+            shape = relation.presynaptic.shape
         dtype = self._dtype(relation, relation.trace_dtypes[0])
         slots = (self._dtype(relation, d) for d in relation.trace_dtypes)
-        post = tuple(jnp.zeros(relation.y_shape, d) for d in slots)
+        post = tuple(jnp.zeros(relation.drive_shape, d) for d in slots)
         weight = jnp.zeros((), jnp.finfo(dtype).dtype)
         return FactorisedTrace(jnp.zeros(shape, dtype), post, weight)
 
@@ -160,8 +166,14 @@ class ESDRTRL(LocalRule):
         self, relation: Relation, pre: Any, jacobian: RelationJacobian
     ) -> Any:
         """One step of the presynaptic filter."""
-        found = cast(relation.derivative(jacobian.operands), pre.dtype)
-        return self.decays[0] * pre + found
+        found = self._derivative(relation, jacobian.operands)
+        return self.decays[0] * pre + cast(found, pre.dtype)
+
+    def _derivative(self, relation: Relation, operands: Sequence[Any]) -> Any:
+        """dy/dw, or what the x of it is copied from."""
+        if relation.presynaptic is not None:
+            return operands[-1]
+        return relation.derivative(tuple(operands))
 
     def _driven(
         self, relation: Relation, trace: Any, jacobian: RelationJacobian
@@ -170,7 +182,7 @@ class ESDRTRL(LocalRule):
         a_f, (entries, weight) = self.decays[1], trace
         old = dict(zip(relation.slots, entries, strict=True))
         new: dict[int, Any] = {}
-        spread = relation.map.spread
+        spread = relation.spread
         for slot, entry in old.items():
             total = jnp.zeros_like(entry)
             direct = jacobian.direct[slot]
@@ -203,17 +215,17 @@ class ESDRTRL(LocalRule):
         trace: Any,
         signal: Sequence[Shaped[Array, "..."] | None],
     ) -> Shaped[Array, "..."] | None:
-        """signal . post, of the shape of y, made up for the start."""
+        """signal . post, of the shape of df, made up for the start."""
         (entries, weight), total = trace, None
         for slot, entry in zip(relation.slots, entries, strict=True):
             heard = signal[slot]
             if heard is not None:
-                more = product(relation.map.spread(cast(heard, entry.dtype)), entry)
+                more = product(relation.spread(cast(heard, entry.dtype)), entry)
                 total = more if total is None else total + more
         if total is None:
             return None
         weight = jnp.where(weight > 0, weight, 1).astype(weight.dtype)
-        weight = weight.reshape(weight.shape + (1,) * len(relation.y_shape))
+        weight = weight.reshape(weight.shape + (1,) * len(relation.drive_shape))
         return total / weight.astype(total.dtype)
 
     def _product(
@@ -222,7 +234,7 @@ class ESDRTRL(LocalRule):
         """The sum over the axes in front of heard . pre."""
         if heard is None:
             return jnp.zeros(relation.op.weight_shape, relation.weight_dtype)
-        found = relation.op.contract([heard], [presynaptic])
+        found = relation.contract_factors(heard, presynaptic)
         if not jnp.issubdtype(relation.weight_dtype, jnp.complexfloating):
             found = found.real
         return found.astype(relation.weight_dtype)
@@ -271,12 +283,13 @@ class ESDRTRL(LocalRule):
         moving = window.moving(window.jacobian.operands)
 
         def derivative(moving: Any) -> Any:
-            return cast(relation.derivative(window.operands(moving)), old.dtype)
+            found = self._derivative(relation, window.operands(moving))
+            return cast(found, old.dtype)
 
         age = np.arange(steps)
         powers = jnp.asarray(self.decays[0] ** (age + 1.0), old.dtype)
         powers = powers.reshape(-1, *(1 for _ in old.shape))
-        if not any(map(operator.and_, relation.reads, window.stacked)):
+        if not any(map(operator.and_, relation.read, window.stacked)):
             found = jnp.asarray(np.cumsum(self.decays[0] ** age), old.dtype)
             first = [operand[(0,) * window.lead] for operand in moving]
             found = found.reshape(powers.shape) * derivative(first)

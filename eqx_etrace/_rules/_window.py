@@ -296,7 +296,7 @@ class Window:
     @property
     def parts(self) -> tuple[Any, list[Any]]:
         """What of the Jacobian has axes in front: entries, and operands."""
-        found, y = self.jacobian, len(self.relation.y_shape)
+        found, y = self.jacobian, len(self.relation.drive_shape)
         rows = [
             [[_if_more(d, 1) for d in row] for row in entries]
             for entries in (found.transition, found.within)

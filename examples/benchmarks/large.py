@@ -4,8 +4,9 @@ LIF neurons with synaptic currents, each with 100 inputs from others drawn at ra
 learn with ES-D-RTRL to follow a signal: one sample, an update every 10 steps.
 Every size runs in a process of its own, for its peak of memory. Beside the time of a
 step stands a floor: the bytes that cannot stay in a cache (weights and indices of the
-forward pass, what each synapse filters and the sum of its gradient, read and written)
-over the bandwidth of this machine, measured by the update of a large array.
+forward pass; at an update indices and gradients, and what Adam reads and writes) over
+the bandwidth of this machine, measured on a large array. The trace is one vector of
+filtered spikes and two of the size of the state, which stay in the cache.
 """
 
 import argparse
@@ -30,19 +31,45 @@ from eqx_etrace import nn
 SIZES, FAN_IN, INPUTS, EVERY = (1_000, 4_000, 16_000, 65_000, 130_000), 100, 4, 10
 
 
+class Edges(eqx.Module):
+    """Synapses one by one, in any order and number per unit: what a connectome is."""
+
+    weight: jax.Array
+    pre: jax.Array
+    post: jax.Array
+    units: int = eqx.field(static=True)
+
+    def __init__(self, units, pre, *, key):
+        bound = FAN_IN**-0.5
+        order = np.random.default_rng(1).permutation(pre.size)
+        self.pre = jnp.asarray(pre.reshape(-1)[order])
+        self.post = jnp.asarray(order.astype(np.int32) // FAN_IN)
+        self.weight = jax.random.uniform(key, pre.size, minval=-bound, maxval=bound)
+        self.units = units
+
+    def init_state(self):
+        return ()
+
+    def __call__(self, x, state=()):
+        sent = self.weight * x[self.pre]
+        return jax.ops.segment_sum(sent, self.post, num_segments=self.units), state
+
+
 class Net(eqx.Module):
     inputs: nn.Dense
     layer: nn.Recurrent
     readout: eqx.nn.Linear
 
-    def __init__(self, units, *, key):
+    def __init__(self, units, edges, *, key):
         one, two, three = jax.random.split(key, 3)
         drawn = np.random.default_rng(0).integers(0, units, (units, FAN_IN), np.int32)
         neuron = nn.LIF(units, tau=20.0, resistance=5.0, spike=nn.superspike(5.0))
         self.inputs = nn.Dense(INPUTS, units, key=one)
         self.layer = nn.Recurrent(
             neuron,
-            nn.Sparse(units, units, FAN_IN, indices=drawn, key=two),
+            Edges(units, drawn, key=two)
+            if edges
+            else nn.Sparse(units, units, FAN_IN, indices=drawn, key=two),
             synapse=nn.Exponential(units, tau=5.0),
         )
         self.readout = eqx.nn.Linear(units, 1, key=three)
@@ -78,19 +105,18 @@ def bandwidth():
     return 2 * array.nbytes / sorted(seconds)[4]
 
 
-def floor_bytes(units):
+def floor_bytes(units, edges):
     """Of one step."""
     synapses = 4 * units * FAN_IN
-    forward = 2 * synapses  # Weights and indices.
-    trace = 2 * synapses + synapses  # The filter, and where it reads from.
-    gradient = (2 + 1) * synapses  # The sum, and the filter again.
-    update = 3 * synapses / EVERY
-    return forward + trace + gradient + update
+    forward = (2 + edges) * synapses  # Weights and indices.
+    gradient = (2 + edges) * synapses / EVERY  # Indices, and what is written.
+    update = 7 * synapses / EVERY  # Gradients; weights and two moments, twice.
+    return forward + gradient + update
 
 
-def one(units, steps):
+def one(units, steps, edges):
     start = time.perf_counter()
-    net = Net(units, key=jax.random.key(0))
+    net = Net(units, edges, key=jax.random.key(0))
     state, (xs, ys) = net.layer.init_state(), data(steps)
     graph = etrace.compile(net, state, xs[0], rule=etrace.ESDRTRL(0.9))
     compiled = time.perf_counter() - start
@@ -111,7 +137,7 @@ def one(units, steps):
         "compile_s": compiled,
         "first_call_s": seconds[0],
         "ms_per_step": 1e3 * min(seconds[1:]) / steps,
-        "floor_ms": 1e3 * floor_bytes(units) / bandwidth(),
+        "floor_ms": 1e3 * floor_bytes(units, edges) / bandwidth(),
         "peak_gb": peak,
         "losses": losses,
     }
@@ -122,19 +148,24 @@ def main():
     add = parser.add_argument
     add("--units", nargs="+", type=int, default=SIZES)
     add("--steps", type=int, default=100)
+    add(
+        "--edges",
+        action="store_true",
+        help="synapses in a list, not in rows",
+    )
     add("--one", action="store_true", help=argparse.SUPPRESS)
     add("--json", type=Path, help="write the numbers to this file too")
     add("--plot", type=Path, help="draw them to this file")
     args = parser.parse_args()
     if args.one:
-        return print(json.dumps(one(args.units[0], args.steps)))
+        return print(json.dumps(one(args.units[0], args.steps, args.edges)))
     rows = []
     print(
         "units  synapses  compile s  ms per step  floor ms  peak GB  loss of 4 passes"
     )
     for units in args.units:
         command = [sys.executable, __file__, "--one", "--units", str(units)]
-        command += ["--steps", str(args.steps)]
+        command += ["--steps", str(args.steps), *["--edges"] * args.edges]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
             sys.exit(found.stderr)
