@@ -28,6 +28,8 @@ from ._window import single_step_window
 Reduction = Literal["sum", "mean"]
 HORIZON = 32
 """The window of a multi-step graph, unless another is asked for."""
+MANY = 8
+"""From so many windows on the last one is like the others, if it is as long."""
 
 
 class Sequence(NamedTuple):
@@ -338,11 +340,14 @@ def _windows(
     inputs: Inputs,
     rest: Sequence,
 ) -> tuple[Any, Carry]:
-    """All windows; the last one, which may be shorter, stands outside of the scan, so
-    that a trace that nobody reads is not computed."""
+    """All windows; the last one stands outside of the scan, as it may be shorter, and so
+    that a trace that nobody reads is not computed. One of many is, if it is no shorter:
+    that costs less than a second program, in memory and to compile."""
     graph, steps = setting.graph, inputs.steps
     length = min(length, steps)
     full = (steps - 1) // length
+    if steps % length == 0 and full >= MANY:
+        full += 1
     run = ft.partial(_window, setting, objective, length == 1, inputs)
     zeros = [jnp.zeros_like(weight) for weight in setting.weights]
     if not full and length > 1:
@@ -361,6 +366,8 @@ def _windows(
 
     carry, first = jax.lax.scan(window, carry, jnp.arange(full))
     first = jtu.tree_map(lambda a: a.reshape(-1, *a.shape[2:]), first)
+    if full * length == steps:
+        return first, carry
     tail = jtu.tree_map(lambda array: array[full * length :], rest)
     carry, last = body(carry, tail)
     return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, last), carry
