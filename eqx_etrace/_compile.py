@@ -58,7 +58,7 @@ from ._relation import (
     related_groups,
 )
 from ._rules import DNI, DRTRL, GlobalRule, Kappa, LocalRule, Weights
-from ._shared import share_names
+from ._shared import share_names, shared_runs
 from ._signals import AdaptiveFeedback, Bootstrapped, Symmetric
 from ._space import credited
 from ._stage import Staged, stage
@@ -378,17 +378,15 @@ def _with_rule(graph: ETraceGraph) -> ETraceGraph:
     share."""
     leaves = zip(graph.param_leaves.paths, graph.param_leaves.specs, strict=True)
     shapes = {path: spec.shape for path, spec in leaves}
-    weights = Weights(shapes, graph.relations, share_names(graph), graph.batch)
+    weights = Weights(
+        shapes, graph.relations, share_names(graph), shared_runs(graph), graph.batch
+    )
     assert isinstance(graph.rule, LocalRule)
     bound, decisions = graph.rule.bound(weights)
-    shares = weights.shares([id(bound.of(relation)) for relation in graph.relations])
+    shared = weights.shared([id(bound.of(relation)) for relation in graph.relations])
     relations = tuple(
-        dataclasses.replace(
-            relation if bound.of(relation).factorised else relation.whole(),
-            same_x=x,
-            same_df=df,
-        )
-        for relation, (x, df) in zip(graph.relations, shares, strict=True)
+        relation if bound.of(relation).factorised else relation.whole()
+        for relation in shared
     )
     decisions = (*graph.decisions, *decisions)
     return dataclasses.replace(

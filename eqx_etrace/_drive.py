@@ -340,9 +340,9 @@ def _windows(
     inputs: Inputs,
     rest: Sequence,
 ) -> tuple[Any, Carry]:
-    """All windows; the last one stands outside of the scan, as it may be shorter, and so
-    that a trace that nobody reads is not computed. One of many is, if it is no shorter:
-    that costs less than a second program, in memory and to compile."""
+    """All windows; the last one stands outside of the scan: it may be shorter, and a
+    trace that nobody reads is not computed. Not so the last of many that is as long as
+    they are: that costs less than a second program, in memory and to compile."""
     graph, steps = setting.graph, inputs.steps
     length = min(length, steps)
     full = (steps - 1) // length

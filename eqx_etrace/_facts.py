@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from ._pieces import Run
+
 
 Rows = tuple[tuple[Any, ...], ...]
 
@@ -25,6 +27,7 @@ class GroupFacts:
     - `reads`: the values of the step, old hidden leaves among them, that the entries
       that are not fixed depend on.
     - `drives`: per use of the group, the first use with the very same df.
+    - `runs`: per use, which elements of df are those of an earlier use.
     - `per_unit`: per use, whether df is the same for all elements that feed one unit.
     """
 
@@ -32,4 +35,5 @@ class GroupFacts:
     fixed: Flags
     reads: tuple[int, ...]
     drives: tuple[int, ...]
+    runs: tuple[tuple[Run, ...], ...]
     per_unit: tuple[bool, ...]

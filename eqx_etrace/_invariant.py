@@ -29,8 +29,9 @@ from ._group import HiddenGroup
 from ._jacobian import group_jacobian, shared_env
 from ._jaxpr import REDUCTIONS, Equation, Origin, Program, literal, live
 from ._known import values_made
+from ._pieces import find_runs
 from ._reads import ALL, NONE, Mixing, Reads
-from ._relation import Relation, UnitMap
+from ._relation import Relation
 
 
 def with_facts(graph: ETraceGraph) -> ETraceGraph:
@@ -119,7 +120,9 @@ def _facts(graph: ETraceGraph, wide: ETraceGraph, group: HiddenGroup) -> GroupFa
     except CompileError:  # A call that the compiler cannot read: nothing is known.
         no = flags([False] * treedef.num_leaves)
         uses = range(len(group.uses))
-        return GroupFacts(no, no, data, tuple(uses), (False,) * len(uses))
+        return GroupFacts(
+            no, no, data, tuple(uses), ((),) * len(uses), (False,) * len(uses)
+        )
     inputs = program.inputs[len(program.inputs) - len(data) :]
     numbers = _Numbers(program, values).run()
     labels = [numbers.operand(ref) for ref in program.outputs]
@@ -133,20 +136,23 @@ def _facts(graph: ETraceGraph, wide: ETraceGraph, group: HiddenGroup) -> GroupFa
     drive = jtu.tree_unflatten(treedef, labels).direct
     mine = (r for r in graph.relations if graph.groups[r.group] is group)
     maps = {relation.y: relation.map for relation in mine}
-    per_unit = tuple(
-        all(_same_per_unit(label, maps[ref]) for label in row if label is not None)
+    rows = [
+        np.stack([np.asarray(maps[ref].positions()).reshape(-1), *row], axis=1)
         for ref, row in zip(group.uses, drive, strict=True)
-    )
+    ]
+    per_unit = tuple(map(_same_per_unit, rows))
+    runs = tuple(find_runs(rows))
     facts = flags(same), flags(fixed), _reads(wide, group), drives
-    return GroupFacts(*facts, per_unit)
+    return GroupFacts(*facts, runs, per_unit)
 
 
-def _same_per_unit(labels: Labels, units: UnitMap) -> bool:
-    places = np.asarray(units.positions()).reshape(-1)
-    labels, places = labels[places >= 0], places[places >= 0]
-    one = np.zeros(units.units, labels.dtype)
-    one[places] = labels
-    return bool((one[places] == labels).all())
+def _same_per_unit(rows: Labels) -> bool:
+    """Of rows (unit, labels), whether the labels are the same where the units are."""
+    rows = rows[rows[:, 0] >= 0]
+    places = rows[:, 0]
+    one = np.zeros((int(places.max(initial=-1)) + 1, rows.shape[1]), rows.dtype)
+    one[places] = rows
+    return bool((one[places] == rows).all())
 
 
 def _reads(graph: ETraceGraph, group: HiddenGroup) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ._graph import ETraceGraph
 from ._jaxpr import literal
+from ._pieces import Run
 from ._relation import Relation
 
 
@@ -24,18 +25,52 @@ def share_names(graph: ETraceGraph) -> tuple[tuple[Hashable, Hashable], ...]:
     )
 
 
+def shared_runs(graph: ETraceGraph) -> tuple[tuple[Run, ...], ...]:
+    """Per relation which elements of its df earlier relations have."""
+    return tuple(
+        _runs_of(graph, number, relation)
+        for number, relation in enumerate(graph.relations)
+    )
+
+
+def _runs_of(graph: ETraceGraph, number: int, relation: Relation) -> tuple[Run, ...]:
+    uses = graph.groups[relation.group].uses
+    runs = graph.facts[relation.group].runs[uses.index(relation.y)]
+    found = []
+    for start, stop, use, at in runs:
+        like = (
+            n
+            for n, other in enumerate(graph.relations[:number])
+            if other.y == uses[use] and _filter_key(other) == _filter_key(relation)
+        )
+        found.append((start, stop, next(like, None), at))
+    one_axis = len(relation.y_shape) == 1 and relation.first is None
+    if not one_axis or any(which is None for _, _, which, _ in found):
+        return ()
+    return tuple(found)
+
+
+def _filter_key(relation: Relation) -> Hashable:
+    """What else a filter of df is made by."""
+    return (
+        relation.group,
+        relation.slots,
+        relation.reached,
+        relation.trace_dtypes,
+        relation.y_dtype,
+        relation.first is None,
+        len(relation.y_shape),
+    )
+
+
 def _drive_key(graph: ETraceGraph, relation: Relation) -> Hashable:
     group = graph.groups[relation.group]
     drive = graph.facts[relation.group].drives[group.uses.index(relation.y)]
     index = relation.map.index
     return (
-        relation.group,
+        _filter_key(relation),
         drive,
-        relation.slots,
-        relation.reached,
-        relation.trace_dtypes,
         relation.y_shape,
-        relation.y_dtype,
         relation.map.repeats,
         None if index is None else np.asarray(index).tobytes(),
     )

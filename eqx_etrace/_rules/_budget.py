@@ -1,8 +1,7 @@
 """The rules of weights, chosen by the bytes of their traces."""
 
-import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 
@@ -149,25 +148,22 @@ class _Costs:
 
     def __init__(self, weights: Weights, rules: Sequence[LocalRule]):
         self.weights, self.rules = weights, rules
+        self._bytes: dict[Any, int] = {}
         self.parts = _parts(weights.relations)
         self.part_of = [
             next(n for n, paths in enumerate(self.parts) if relation.weight[0] in paths)
             for relation in weights.relations
         ]
-        self._bytes = functools.cache(self._bytes_of)
-
-    def _bytes_of(self, number: int, rule: int, x: bool, df: bool) -> int:
-        """Those of a sample and relation that shares dy/dw, or df, with an earlier."""
-        same = {"same_x": 0 if x else None, "same_df": 0 if df else None}
-        relation = dataclasses.replace(self.weights.relations[number], **same)
-        return self.rules[rule].trace_bytes(relation)
 
     def total(self, choice: Choice) -> int:
         rules = [choice[part] for part in self.part_of]
         found = 0
-        for number, (x, df) in enumerate(self.weights.shares(rules)):
-            shared = x is not None, df is not None
-            found += self._bytes(number, rules[number], *shared)
+        for number, relation in enumerate(self.weights.shared(rules)):
+            shares = relation.same_x, relation.same_df, relation.pieces
+            key = number, rules[number], *(one is None for one in shares)
+            if key not in self._bytes:
+                self._bytes[key] = self.rules[rules[number]].trace_bytes(relation)
+            found += self._bytes[key]
         return found * (self.weights.batch or 1)
 
 

@@ -138,8 +138,12 @@ class ESDRTRL(LocalRule):
         """Without the factors that an earlier relation keeps."""
         if relation.same_x is not None:
             trace = trace._replace(presynaptic=None)
-        if relation.same_df is not None:
-            trace = trace._replace(postsynaptic=None, weight=None)
+        pieces = relation.pieces
+        if relation.same_df is not None or pieces is not None:
+            own = None
+            if pieces is not None and pieces.own is not None:
+                own = tuple(map(pieces.of_own, trace.postsynaptic or ()))
+            trace = trace._replace(postsynaptic=own, weight=None)
         return trace
 
     def joined(
@@ -151,6 +155,14 @@ class ESDRTRL(LocalRule):
             trace = trace._replace(presynaptic=pre)
         if relation.same_df is not None:
             _, post, weight = earlier[relation.same_df]
+            trace = trace._replace(postsynaptic=post, weight=weight)
+        if relation.pieces is not None:
+            weight = earlier[relation.pieces.runs[0][2]].weight
+            own = trace.postsynaptic or (None,) * len(relation.slots)
+            post = tuple(
+                relation.pieces.joined(one, lambda n, i=i: earlier[n].postsynaptic[i])
+                for i, one in enumerate(own)
+            )
             trace = trace._replace(postsynaptic=post, weight=weight)
         return trace
 
@@ -253,10 +265,6 @@ class ESDRTRL(LocalRule):
             new = self._filtered(relation, pre, jacobian)
             return new, None if signal is None else new
 
-        def driven(post: Any, jacobian: Any, signal: Any) -> tuple[Any, Any]:
-            new = self._driven(relation, post, jacobian)
-            return new, None if signal is None else self._heard(relation, new, signal)
-
         def every_filtered() -> tuple[Any, Any]:
             if window.reset is None and window.group.steps <= AT_ONCE:
                 return self._filtered_at_once(window, old[0])
@@ -266,8 +274,7 @@ class ESDRTRL(LocalRule):
         pre, every = group.once((self, "x", first), every_filtered)
         first = window.number if relation.same_df is None else relation.same_df
         (post, weight), heard = group.once(
-            (self, "df", first),
-            lambda: _scanned(window, driven, zero[1:], old[1:], signal),
+            (self, "df", first), lambda: self._df(window, zero[1:], old[1:], signal)
         )
         new, gradient = FactorisedTrace(pre, post, weight), None
         if group.edge is not None and trace is not None:
@@ -276,6 +283,35 @@ class ESDRTRL(LocalRule):
             found = jax.tree.map(window.merged, (heard, every))
             gradient = self._product(relation, *found)
         return gradient, new
+
+    def _df(self, window: Window, zero: Any, old: Any, signal: Any) -> tuple[Any, Any]:
+        """The postsynaptic filters and their weight, and what they hear."""
+        relation, pieces = window.relation, window.relation.pieces
+        if pieces is None:
+
+            def driven(post: Any, jacobian: Any, signal: Any) -> tuple[Any, Any]:
+                new = self._driven(relation, post, jacobian)
+                heard = self._heard(relation, new, signal) if signal else None
+                return new, heard
+
+            return _scanned(window, driven, zero, old, signal)
+
+        def earlier(number: int) -> Any:
+            return window.group.once((self, "df", number), _not_there)
+
+        own = [None] * len(relation.slots), None
+        if pieces.own is not None:
+            zero, old = ((tuple(map(pieces.of_own, v)), w) for v, w in (zero, old))
+            (post, _), heard = self._df(window.of_own(), zero, old, signal)
+            own = post, heard
+        post = tuple(
+            pieces.joined(one, lambda n, i=i: earlier(n)[0][0][i])
+            for i, one in enumerate(own[0])
+        )
+        (_, weight), heard = earlier(pieces.runs[0][2])
+        if heard is not None:
+            heard = pieces.joined(own[1], lambda n: earlier(n)[1])
+        return (post, weight), heard
 
     def _filtered_at_once(self, window: Window, old: Any) -> tuple[Any, Any]:
         """The presynaptic filter as a product with the powers of its decay."""
@@ -301,6 +337,10 @@ class ESDRTRL(LocalRule):
             found = jnp.tensordot(jnp.asarray(mixing, old.dtype), found, 1)
         every = powers * old + found
         return every[-1], every
+
+
+def _not_there() -> Any:
+    raise AssertionError("a window asked for an earlier relation that was not run")
 
 
 def _scanned(

@@ -1,8 +1,10 @@
 """What the compiler tells a rule of the weights that it is for."""
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
+from .._pieces import Run, make_pieces
 from .._relation import Relation
 
 
@@ -13,18 +15,19 @@ class Weights(NamedTuple):
     - `relations`: the relations, without what they share.
     - `names`: per relation a name of its dy/dw and one of its df, the same for what is
       the same; None for what has no name.
+    - `runs`: per relation which elements of its df earlier relations have.
     - `batch`: the batch size, or None.
     """
 
     params: Mapping[str, tuple[int, ...]]
     relations: tuple[Relation, ...]
     names: tuple[tuple[Hashable, Hashable], ...]
+    runs: tuple[tuple[Run, ...], ...]
     batch: int | None
 
-    def shares(self, rules: Sequence[Hashable]) -> list[tuple[int | None, int | None]]:
-        """Per relation the numbers of the first with the same dy/dw and of the first
-        with the same df, None where that is itself. `rules` has a name for the rule of
-        each relation: those of different rules share nothing."""
+    def shared(self, rules: Sequence[Hashable]) -> list[Relation]:
+        """The relations, which know what of dy/dw and of df an earlier one has. `rules`
+        has a name for the rule of each: those of different rules share nothing."""
         firsts: dict[Hashable, int] = {}
         found = []
         for number, (rule, names) in enumerate(zip(rules, self.names, strict=True)):
@@ -35,5 +38,9 @@ class Weights(NamedTuple):
                 None if name is None else first
                 for name, first in zip(names, same, strict=True)
             )
-            found.append((x, df))
+            relation, runs = self.relations[number], self.runs[number]
+            mine = runs and df is None and all(rules[n] == rule for _, _, n, _ in runs)
+            pieces = make_pieces(runs, relation.map) if mine else None
+            shares = {"same_x": x, "same_df": df, "pieces": pieces}
+            found.append(dataclasses.replace(relation, **shares))
         return found

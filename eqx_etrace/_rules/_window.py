@@ -278,6 +278,18 @@ class Window:
             lambda moving: rule.derivative(self.operands(moving)), 0
         )(moving)
 
+    def of_own(self) -> "Window":
+        """The same for the elements of y alone whose df no earlier relation has."""
+        pieces, jacobian = self.relation.pieces, self.jacobian
+        assert pieces is not None and pieces.map is not None
+        direct = [
+            d if d is None or d.shape[-1] == 1 else pieces.of_own(d)
+            for d in jacobian.direct
+        ]
+        relation = dataclasses.replace(self.relation, map=pieces.map, pieces=None)
+        jacobian = dataclasses.replace(jacobian, direct=direct)
+        return dataclasses.replace(self, relation=relation, jacobian=jacobian)
+
     def last(self) -> RelationJacobian:
         """The Jacobian of the last step, the batch in front."""
         return self.step(jax.tree.map(lambda a: a[-1], self.parts))
