@@ -78,13 +78,15 @@ def test_a_trace_that_nobody_reads_is_not_computed(mask):
 
 
 def test_memory_does_not_grow_with_time():
-    """Both leave four steps over."""
+    """Nor where some steps are left over, which are a window of their own."""
     found = []
-    for steps in (100, 1604):
+    for steps in (288, 1600, 100, 1604):
         graph, args, _ = _problem(32, 24, steps)
         drive = etrace.value_and_grad(graph, squares, window=32)
         found.append(_temp(lambda *a, drive=drive: drive(*a)[1:], *args))
     assert abs(found[1] - found[0]) <= 0.05 * found[0]
+    assert abs(found[3] - found[2]) <= 0.05 * found[2]
+    assert found[1] <= found[2]
 
 
 def test_memory_of_a_window_is_that_of_the_trace():
