@@ -1,6 +1,5 @@
 """What the gates of a GRU have in common is filtered once."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 from spread import alike
-from windows import each_square, local
+from windows import apart, each_square, local
 
 import eqx_etrace as etrace
 from eqx_etrace._pieces import find_runs
@@ -33,15 +32,6 @@ def network(batch=None):
     lead = (STEPS,) if batch is None else (STEPS, batch)
     xs, ts = (jax.random.normal(jax.random.key(n), (*lead, n)) for n in (IN, N))
     return net, jnp.zeros((*lead[1:], N)), xs, ts
-
-
-def apart(graph):
-    """Every relation with a filter for all of its df."""
-    relations = [
-        dataclasses.replace(relation.whole(), same_x=None, same_df=None)
-        for relation in graph.relations
-    ]
-    return dataclasses.replace(graph, relations=tuple(relations))
 
 
 def test_a_gru_filters_four_numbers_per_unit():

@@ -1,6 +1,5 @@
 """Factorised traces of sparse connections: vectors over units, not over synapses."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from models import spike
 from oracles import quick_jit
 from spread import alike, mesh_of
-from windows import each_square
+from windows import apart, each_square
 
 import eqx_etrace as etrace
 
@@ -85,15 +84,6 @@ def network(name, batch=None) -> tuple[Any, ...]:
     return net, (jnp.zeros((*lead[1:], N)),) * 2, *data
 
 
-def by_synapse(graph):
-    """The same with a filter for each synapse, as without this file."""
-    relations = [
-        dataclasses.replace(relation.whole(), same_x=None, same_df=None)
-        for relation in graph.relations
-    ]
-    return dataclasses.replace(graph, relations=tuple(relations))
-
-
 def of_use(graph):
     (found,) = (n for n, r in enumerate(graph.relations) if r.weight == ("u",))
     return found
@@ -103,7 +93,7 @@ def of_use(graph):
 def test_the_trace_has_one_number_per_unit(name):
     net, state, xs, _ = network(name)
     graph = etrace.compile(net, state, xs[0], RULE)
-    one, other = etrace.init_trace(graph), etrace.init_trace(by_synapse(graph))
+    one, other = etrace.init_trace(graph), etrace.init_trace(apart(graph))
     number = of_use(graph)
     assert one[number].presynaptic.shape == (N,)
     assert np.prod(other[number].presynaptic.shape) >= 3 * N
@@ -121,7 +111,7 @@ def test_it_gives_what_a_filter_per_synapse_gives(name, batch, window):
     params = graph.params(net)
     reset = jax.random.bernoulli(jax.random.key(9), 0.2, xs.shape[:-1])
     found = []
-    for each in (graph, by_synapse(graph)):
+    for each in (graph, apart(graph)):
         fun = etrace.value_and_grad(each, each_square, window=window)
         (losses, grads, *_), (_, again, _, trace) = quick_jit(
             lambda fun=fun: (
@@ -169,7 +159,7 @@ def test_projections_of_one_population_share_its_vector():
     assert [None if v is None else v.shape for v in vectors] == [(N,), None]
     xs, ts = jnp.ones((STEPS, N)), jnp.zeros((STEPS, N))
     found = []
-    for each in (graph, by_synapse(graph)):
+    for each in (graph, apart(graph)):
         fun = quick_jit(etrace.value_and_grad(each, each_square))
         found.append(fun(graph.params(net), jnp.zeros(N), None, xs, ts)[1])
     alike(found[0], found[1], 1e-12)
@@ -290,7 +280,7 @@ def test_nothing_of_a_window_is_as_large_as_its_synapses(name):
         return memory.temp_size_in_bytes
 
     assert temporaries(graph) < 6 * u.nbytes
-    assert temporaries(by_synapse(graph)) > steps * u.nbytes
+    assert temporaries(apart(graph)) > steps * u.nbytes
 
 
 def test_over_devices_the_vector_is_on_all():

@@ -1,5 +1,6 @@
 """What the tests of windows and drivers share: a loop of `step` as their reference."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -67,6 +68,15 @@ def by_steps(
     steps = (xs, ts, mask, reset)
     (state, trace), (losses, grads) = jax.lax.scan(body, (state, trace), steps)
     return losses, jax.tree.map(lambda g: g.sum(0), grads), state, trace
+
+
+def apart(graph) -> Any:
+    """Every relation with a filter for all of its dy/dw and of its df."""
+    relations = [
+        dataclasses.replace(relation.whole(), same_x=None, same_df=None)
+        for relation in graph.relations
+    ]
+    return dataclasses.replace(graph, relations=tuple(relations))
 
 
 def random_trace(graph) -> Any:

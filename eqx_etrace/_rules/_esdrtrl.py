@@ -33,7 +33,8 @@ class FactorisedTrace(NamedTuple):
     - `weight`: 1 - decay^t after t steps, which the latter is to be divided by.
 
     Of relations with the same x, as of those with the same dh/dy, the first keeps what
-    they share; the others have None.
+    they share; the others have None, or the rest where only a part is the same, as for
+    the gates of a GRU.
     """
 
     presynaptic: Shaped[Array, "..."] | None
