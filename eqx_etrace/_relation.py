@@ -21,7 +21,7 @@ from ._flatten import flatten_unfolded
 from ._group import HiddenGroup
 from ._jaxpr import MUL, Equation, Origin, Program, Ref, aval_of, bind
 from ._locality import Edge, Locality
-from ._op_rules import Dense, Elementwise, OpRule, OpRules, merge_axes, op_rule
+from ._op_rules import SMALL, Dense, Elementwise, OpRule, OpRules, merge_axes, op_rule
 from ._pieces import Pieces
 from ._presynaptic import Presynaptic, find_presynaptic
 from ._reads import NONE, Reads
@@ -191,9 +191,9 @@ class Relation(eqx.Module):
     def contract_factors(self, df: Any, derivative: Any) -> Shaped[Array, "..."]:
         """`op.contract` of a df and of a dy/dw or what the x of it is copied from; an
         axis in front of both is summed."""
-        v = df if self.first is None else self.map.spread(df)
+        spread = self.map.spread if self.first is not None else lambda v: v
         if self.presynaptic is None:
-            return self.op.contract([v], [derivative])
+            return self.op.contract([spread(df)], [derivative])
 
         def copied(value: Any) -> Any:
             assert self.presynaptic is not None
@@ -201,9 +201,22 @@ class Relation(eqx.Module):
             x = self.presynaptic.copied(value)
             return self.derivative((w, x) if self.operand == 0 else (x, w))
 
-        if derivative.ndim > len(self.presynaptic.shape):
-            copied = jax.vmap(copied)
-        return self.op.contract_derivative(v, copied(derivative))
+        def contract(df: Any, value: Any) -> Any:
+            return self.op.contract_derivative(spread(df), copied(value))
+
+        if derivative.ndim == len(self.presynaptic.shape):
+            return contract(df, derivative)
+        if self.presynaptic.positions.size <= SMALL or self.op.summed:
+            each = jax.vmap(copied)(derivative)
+            return self.op.contract_derivative(spread(df), each)
+
+        # Some versions of XLA would make the copies of all samples first.
+        def add(total: Any, sample: Any) -> tuple[Any, None]:
+            return total + contract(*sample), None
+
+        one = jax.eval_shape(contract, df[0], derivative[0])
+        zero = jnp.zeros(one.shape, one.dtype)
+        return jax.lax.scan(add, zero, (df, derivative))[0]
 
     @property
     def array_slots(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Op rules, one family a file; `op_rule` finds the one for a use of a weight."""
 
 from .._jaxpr import Equation, Program, describe_equation
-from ._base import OpRule as OpRule
+from ._base import SMALL as SMALL, OpRule as OpRule
 from ._by_ad import ByAD as ByAD, by_ad as by_ad
 from ._convolution import Convolution as Convolution, convolution
 from ._dense import Dense as Dense, dense

@@ -29,7 +29,7 @@ from jaxtyping import Array, Shaped
 from ._products import cast, sum_of_product
 
 
-_SMALL = 1 << 14
+SMALL = 1 << 14
 """Traces of so few elements need no care."""
 
 
@@ -179,7 +179,7 @@ class OpRule(abc.ABC):
         samples = tuple(vectors), tuple(traces)
         if traces[0].ndim == len(self.trace_shape):
             return self._sum(vectors, traces, dtype)
-        if math.prod(self.trace_shape) <= _SMALL:
+        if math.prod(self.trace_shape) <= SMALL:
             return self._all(vectors, traces, dtype)
 
         def one_by_one(*samples: Any) -> Any:
