@@ -1,7 +1,8 @@
 """The plain steps of a window, and the values that its derivatives read."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools as ft
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import PyTree
 
 from ._graph import ETraceGraph
 from ._jacobian import run, shared_env
-from ._jaxpr import Equation, evaluate, live
+from ._jaxpr import DOT_GENERAL, Equation, evaluate, live
 from ._saving import Plan, is_light
 
 
@@ -41,7 +42,19 @@ class Forward(NamedTuple):
     outs: list[Any] | None
     """Of all steps, if asked for."""
     saved: dict[int, Any]
-    """Of all steps, by `Plan.save`, and what of x moves."""
+    """Of all steps, by `Plan.save`, and what of x moves; of old leaves by `Plan.after`
+    those after the last step too."""
+
+
+class Values(NamedTuple):
+    """What the derivatives of a window read."""
+
+    merged: dict[int, Any]
+    """Of all steps, time and batch as one axis."""
+    at: Callable[[Any], dict[int, Any]]
+    """Of one step by its number, with the batch in front: what was saved."""
+    again: Callable[[dict[int, Any]], dict[int, Any]]
+    """Of one sample all, from what was saved."""
 
 
 def renew(new: PyTree, old: PyTree, where: Any) -> PyTree:
@@ -69,7 +82,7 @@ def forward(
     state: Sequence[Any],
     xs: Sequence[Any],
     reset: Any | None,
-    save: Sequence[int],
+    plan: Plan,
     outputs: bool = False,
     derivatives: bool = False,
 ) -> Forward:
@@ -81,12 +94,15 @@ def forward(
     """
     graph, env = setting.graph, setting.env
     inputs = _inputs(setting, xs)
-    ahead = _ahead(graph, () if derivatives else setting.moving, save)
+    ahead = _ahead(graph, () if derivatives else setting.moving, plan.save)
     made = _made_ahead(setting, ahead, inputs)
-    rest = [ref for ref in save if ref not in made]
+    own = _old_leaves(graph, plan)
+    rest = [ref for ref in plan.save if ref not in made and ref not in own]
+    through = {} if derivatives else _turned(graph, ahead.rest, env)
 
     def one(state: Any, x: Any, made: Any) -> Any:
-        return run(graph, env | made, state, x, keep=rest, body=ahead.rest)
+        step = {"keep": rest, "body": ahead.rest, "through": through}
+        return run(graph, env | made, state, x, **step)
 
     per_sample = one if graph.batch is None else jax.vmap(one)
 
@@ -95,20 +111,74 @@ def forward(
             lambda a: jax.lax.dynamic_index_in_dim(a, step, keepdims=False), made
         )
 
+    def written(rows: dict[int, Any], state: Any, number: Any) -> dict[int, Any]:
+        put = jax.lax.dynamic_update_index_in_dim
+        return {ref: put(rows[ref], state[own[ref]], number, 0) for ref in own}
+
     def body(carry: Any, step: Any) -> Any:
-        (state, now), (slices, after, fresh) = carry, step
+        (state, now, rows), (slices, number, after, fresh) = carry, step
         if fresh is not None:
             state = renew(setting.initial, state, fresh)
+        rows = written(rows, state, number)
         new, out, saved = per_sample(state, at_step(setting, xs, slices), now)
-        return (new, made_for(after)), (out if outputs else None, saved)
+        return (new, made_for(after), rows), (out if outputs else None, saved)
 
-    after = jnp.minimum(jnp.arange(1, setting.steps + 1), setting.steps - 1)
-    steps = moving_leaves(setting, xs), after, reset
-    start = list(state), made_for(0)
-    (new, _), (outs, saved) = jax.lax.scan(body, start, steps, length=setting.steps)
-    found = dict(zip(rest, saved, strict=True))
-    found |= {ref: array for ref, array in made.items() if ref in save}
+    count = setting.steps
+    number = jnp.arange(count)
+    after = jnp.minimum(number + 1, count - 1)
+    leaves = {ref: state[place] for ref, place in own.items()}
+    rows = {r: jnp.zeros((count + 1, *a.shape), a.dtype) for r, a in leaves.items()}
+    steps = moving_leaves(setting, xs), number, after, reset
+    start = list(state), made_for(0), rows
+    (new, _, rows), (outs, saved) = jax.lax.scan(body, start, steps, length=count)
+    found = dict(zip(rest, saved, strict=True)) | written(rows, new, count)
+    found |= {ref: array for ref, array in made.items() if ref in plan.save}
     return Forward(new, outs, found | inputs)
+
+
+def _old_leaves(graph: ETraceGraph, plan: Plan) -> dict[int, int]:
+    """Where in the state the old leaves are that stand for new ones too."""
+    saved = {old for _, old in plan.after}
+    pairs = zip(graph.hidden.old, graph.hidden.leaves, strict=True)
+    return {old: place for old, place in pairs if old in saved}
+
+
+def _turned(
+    graph: ETraceGraph, body: Sequence[Equation], env: Mapping[int, Any]
+) -> dict[int, Callable[[list[Any]], list[Any]]]:
+    """The products `W @ x` of a step, from copies of the weights that are transposed
+    once. For a batch each step would read W against its order in memory: XLA's CPU
+    backend then takes a tenth to a quarter longer."""
+    avals = graph.program.avals
+    found = {}
+    for equation in body:
+        if equation.primitive is not DOT_GENERAL:
+            continue
+        w, x = equation.inputs
+        params = equation.params
+        contracted, batch = params["dimension_numbers"]
+        plain = w in env and isinstance(x, int) and x not in env
+        plain = plain and params["out_sharding"] is None and not batch[0]
+        if plain and contracted[0] == (1,) and len(avals[w].shape) == 2:
+            turned = jax.lax.optimization_barrier(jnp.transpose(env[w]))
+            found[equation.index] = ft.partial(_product, params, turned)
+    return found
+
+
+def _product(
+    params: Mapping[str, Any], turned: Any, operands: Sequence[Any]
+) -> list[Any]:
+    """`W @ x`, from the transposed W."""
+    (_, axes), _ = params["dimension_numbers"]
+    precision = params["precision"]
+    y = jax.lax.dot_general(
+        operands[1],
+        turned,
+        ((axes, (0,)), ((), ())),
+        precision=precision[::-1] if isinstance(precision, tuple) else precision,
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return [jnp.moveaxis(y, -1, 0)]
 
 
 class _Ahead(NamedTuple):
@@ -128,7 +198,7 @@ def _ahead(graph: ETraceGraph, moving: Sequence[bool], save: Sequence[int]) -> _
     program, avals = graph.program, graph.program.avals
     if not any(moving):
         return _Ahead((), (), graph.body)
-    limit = 4 * sum(avals[ref].size for ref in graph.hidden.old)
+    limit = 2 * sum(avals[ref].size for ref in graph.hidden.old)
     inputs = program.inputs[len(program.inputs) - len(moving) :]
     known = {*program.constants, *graph.weights, *graph.prepared}
     moved = {ref for ref, moves in zip(inputs, moving, strict=True) if moves}
@@ -176,19 +246,41 @@ def _inputs(setting: Setting, xs: Sequence[Any]) -> dict[int, Any]:
     return found
 
 
-def values(setting: Setting, ran: Forward, made: Plan) -> dict[int, Any]:
-    """The values read, of all steps, time and batch as one axis."""
-    graph, env = setting.graph, setting.env
-    stacked = {ref: merge(graph, array) for ref, array in ran.saved.items()}
-    wanted = [ref for ref in made.read if ref not in stacked and ref not in env]
+def values(setting: Setting, ran: Forward, plan: Plan) -> Values:
+    """The values read, of all steps and of each."""
+    graph, env, saved = setting.graph, setting.env, dict(ran.saved)
+    first = {ref: 0 for ref in saved}
+    for door, old in plan.after:
+        saved[door], first[door] = saved[old], 1
+    stacked = {
+        ref: merge(graph, array[first[ref] : first[ref] + setting.steps])
+        for ref, array in saved.items()
+    }
+    wanted = [ref for ref in plan.read if ref not in stacked and ref not in env]
 
-    def again(stacked: dict[int, Any]) -> list[Any]:
-        found = evaluate(made.equations, env | stacked)
-        return [found[ref] for ref in wanted]
+    def again(saved: dict[int, Any]) -> dict[int, Any]:
+        return evaluate(plan.equations, env | saved)
+
+    def at(step: Any) -> dict[int, Any]:
+        take = ft.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        return {ref: take(array, step + first[ref]) for ref, array in saved.items()}
 
     if wanted:
-        stacked |= zip(wanted, jax.vmap(again)(stacked), strict=True)
-    return stacked
+        found = jax.vmap(lambda saved: [again(saved)[ref] for ref in wanted])(stacked)
+        stacked |= zip(wanted, found, strict=True)
+    return Values(stacked, at, again)
+
+
+def part_of(
+    saved: dict[int, Any], plan: Plan, number: Any, length: int
+) -> dict[int, Any]:
+    """What a part of this many steps has saved, by the number of the part."""
+    longer = {old for _, old in plan.after}
+    cut = jax.lax.dynamic_slice_in_dim
+    return {
+        ref: cut(array, number * length, length + (ref in longer))
+        for ref, array in saved.items()
+    }
 
 
 def moving_leaves(setting: Setting, xs: Sequence[Any]) -> list[Any]:

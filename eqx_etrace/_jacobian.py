@@ -89,10 +89,12 @@ def run(
     tap: Mapping[int, Callable[[Any], Any]] | None = None,
     keep: Sequence[int] | None = None,
     body: Sequence[Equation] | None = None,
+    through: Mapping[int, Callable[[list[Any]], list[Any]]] | None = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """One step of the full program: new state, output, and the values to keep, those
     of `graph.saved` unless others are named. `body` are its equations without those
-    whose values are in `shared` already. `at_door` is added to the new hidden leaves;
+    whose values are in `shared` already, some of them `through` other functions.
+    `at_door` is added to the new hidden leaves;
     with `cut_at_door` their derivative is that by this change alone."""
     first = graph.param_leaves.count
     env = dict(shared) | dict(
@@ -102,7 +104,8 @@ def run(
     if at_door is not None:
         for ref, change in zip(graph.hidden.doors, at_door, strict=True):
             tap[ref] = _add(change, cut_at_door)
-    env = evaluate(graph.body if body is None else body, env, edge=edge, tap=tap)
+    body = graph.body if body is None else body
+    env = evaluate(body, env, edge=edge, tap=tap, through=through)
     count = graph.state_leaves.parts.count
     outputs = [env[ref] for ref in graph.program.outputs]
     kept = graph.saved if keep is None else keep

@@ -52,9 +52,9 @@ def multi_step_window(
         total = with_edge(graph, direct, trace, edge)
         new = moved_trace(setting, ran, state, trace, xs, reset)
     else:  # In one go, so that a large trace is read once and written in place.
-        merged = values(setting, ran, plan(graph, local_reads(graph)))
+        found = values(setting, ran, plan(graph, local_reads(graph)))
         signals = _signals_of(graph, edge)
-        gradients, new = credit(setting, merged, trace, None, reset, signals)
+        gradients, new = credit(setting, found, trace, None, reset, signals)
         total = add_gradients(graph, direct, gradients)
     return result, total, ran.state, new
 
@@ -72,8 +72,8 @@ def forward_from(
     for i, leaf in zip(graph.hidden.leaves, hidden, strict=True):
         start[i] = leaf
     setting = dataclasses.replace(setting, weights=weights)
-    save = plan(graph, local_reads(graph)).save
-    return forward(setting, start, xs, reset, save, outputs=True, derivatives=True)
+    made = plan(graph, local_reads(graph))
+    return forward(setting, start, xs, reset, made, outputs=True, derivatives=True)
 
 
 def moved_trace(
@@ -89,8 +89,8 @@ def moved_trace(
     graph = setting.graph
     if not graph.rule.windowed:
         return move_by_steps(setting, state, trace, xs, reset)
-    merged = values(setting, ran, plan(graph, local_reads(graph)))
-    return credit(setting, merged, trace, None, reset)[1]
+    found = values(setting, ran, plan(graph, local_reads(graph)))
+    return credit(setting, found, trace, None, reset)[1]
 
 
 def with_edge(

@@ -6,7 +6,7 @@ on every way from what is not at hand afterwards to what is read. The smallest o
 that of a maximum flow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,9 @@ class Plan(NamedTuple):
     equations: tuple[Equation, ...]
     """What is run again."""
     read: tuple[int, ...]
+    after: tuple[tuple[int, int], ...] = ()
+    """Pairs of a new hidden leaf and an old one that is saved: the new one is that of
+    the step after, and so one step more is saved."""
 
 
 # What costs more to compute than to save.
@@ -37,12 +40,26 @@ _COSTLY = frozenset(
 )  # fmt: skip
 
 
-def plan(graph: ETraceGraph, read: Sequence[int]) -> Plan:
-    """Decide which of the values to save."""
+def plan(graph: ETraceGraph, read: Sequence[int], in_a_row: bool = False) -> Plan:
+    """Decide which of the values to save. `in_a_row` says that each step begins where
+    the one before has ended, in all samples."""
     program, first = graph.program, graph.param_leaves.count
     states = program.inputs[first : first + graph.state_leaves.parts.count]
     free = set(program.inputs) - set(states) | set(program.constants)
     free |= {*graph.weights, *graph.prepared}
+    found = _planned(graph, read, free)
+    pairs = zip(graph.hidden.doors, graph.hidden.old, strict=True)
+    after = tuple(pair for pair in pairs if in_a_row and pair[1] in found.save)
+    if not after:
+        return found
+    doors, old = zip(*after, strict=True)
+    found = _planned(graph, {*read, *old}, free | {*doors})
+    return found._replace(read=tuple(read), after=after)
+
+
+def _planned(graph: ETraceGraph, read: Iterable[int], free: set[int]) -> Plan:
+    """The same where what is `free` need not be saved."""
+    program = graph.program
     makers = (e for e in graph.body if _is_cheap(e, program.avals))
     cheap = {ref: equation for equation in makers for ref in equation.outputs}
     met, wanted = set(), [ref for ref in read if ref not in free]

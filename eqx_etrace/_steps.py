@@ -190,8 +190,8 @@ def _core(
 
 
 def _move(setting: Setting, state: Any, trace: Any, xs: Any) -> tuple[Any, Any, Any]:
-    save = plan(setting.graph, local_reads(setting.graph)).save
-    ran = forward(setting, state, xs, None, save, outputs=True)
+    made = plan(setting.graph, local_reads(setting.graph))
+    ran = forward(setting, state, xs, None, made, outputs=True)
     return ran.outs, ran.state, moved_trace(setting, ran, state, trace, xs, None)
 
 

@@ -9,7 +9,7 @@ once.
 
 import dataclasses
 import functools as ft
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +19,15 @@ from ._at_exits import feedback_gradients, heard_at_exits, to_state
 from ._forward import (
     Forward,
     Setting,
+    Values,
     forward,
     merge,
+    part_of,
     unmerge,
     values,
 )
 from ._graph import ETraceGraph
+from ._group import HiddenGroup
 from ._inputs import window_of
 from ._jacobian import (
     GroupJacobian,
@@ -36,7 +39,7 @@ from ._jacobian import (
 from ._objective import Losses
 from ._readout import Readout, outputs_of, readout
 from ._relation import Relation
-from ._rules import GroupWindow, LocalRule, Window
+from ._rules import GroupWindow, LocalRule, RelationJacobian, Window
 from ._saving import Plan, plan
 
 
@@ -51,42 +54,55 @@ def local_reads(graph: ETraceGraph) -> list[int]:
     return sorted(reads)
 
 
-def window_jacobians(setting: Setting, merged: dict[int, Any]) -> list[GroupJacobian]:
-    """The Jacobians of all groups, time and batch in front.
+def window_jacobian(
+    setting: Setting, number: int, known: Values
+) -> tuple[GroupJacobian, Callable[[dict[int, Any]], GroupJacobian]]:
+    """The Jacobian of a group, time and batch in front; and a function that gives that
+    of one step and sample, from its slices of what was saved.
 
     Entries that depend on weights alone have no such axes; those that are equal for all
     units stand for them with size one.
     """
-    graph, env = setting.graph, setting.env
-    avals = graph.program.avals
+    graph, facts = setting.graph, setting.graph.facts[number]
+    fixed = _entries(setting, number, {}, fixed=True)
 
-    def one(given: dict[int, Any], fixed: bool) -> list[GroupJacobian]:
-        mine = dict(env)
-        for ref in {*graph.saved, *graph.hidden.old}:
-            # Nothing that is asked for here depends on what was not saved.
-            mine[ref] = given.get(ref, jnp.zeros(avals[ref].shape, avals[ref].dtype))
-        state: list[Any] = [None] * graph.state_leaves.parts.count
-        for i, ref in zip(graph.hidden.leaves, graph.hidden.old, strict=True):
-            state[i] = mine[ref]
-        found = []
-        for group, facts in zip(graph.groups, graph.facts, strict=True):
-            jacobian = group_jacobian(graph, group, mine, state)
-            some = facts.fixed
-            flags = jax.tree.leaves((some.transition, some.within, some.direct))
-            leaves, treedef = jax.tree.flatten(jacobian)
-            pairs = zip(leaves, flags, strict=True)
-            leaves = [a if flag == fixed else None for a, flag in pairs]
-            found.append(jax.tree.unflatten(treedef, leaves))
-        return found
+    def moving(given: dict[int, Any]) -> GroupJacobian:
+        return _entries(setting, number, given, fixed=False)
 
-    moving = unmerge(graph, jax.vmap(ft.partial(one, fixed=False))(merged))
-    found = []
-    for facts, fixed, rest in zip(graph.facts, one({}, True), moving, strict=True):
+    def joined(moving: GroupJacobian) -> GroupJacobian:
         both = jax.tree.map(
-            lambda a, b: b if a is None else a, fixed, rest, is_leaf=lambda a: a is None
+            lambda a, b: b if a is None else a,
+            fixed,
+            moving,
+            is_leaf=lambda a: a is None,
         )
-        found.append(_narrow(both, facts))
-    return found
+        return _narrow(both, facts)
+
+    def at(saved: dict[int, Any]) -> GroupJacobian:
+        return joined(moving(known.again(saved)))
+
+    return joined(unmerge(graph, jax.vmap(moving)(known.merged))), at
+
+
+def _entries(
+    setting: Setting, number: int, given: dict[int, Any], fixed: bool
+) -> GroupJacobian:
+    """Of one sample, the entries that depend on weights alone, or all others."""
+    graph = setting.graph
+    avals, mine = graph.program.avals, setting.env
+    for ref in {*graph.saved, *graph.hidden.old}:
+        # Nothing that is asked for here depends on what was not saved.
+        mine[ref] = given.get(ref, jnp.zeros(avals[ref].shape, avals[ref].dtype))
+    state: list[Any] = [None] * graph.state_leaves.parts.count
+    for i, ref in zip(graph.hidden.leaves, graph.hidden.old, strict=True):
+        state[i] = mine[ref]
+    jacobian = group_jacobian(graph, graph.groups[number], mine, state)
+    some = graph.facts[number].fixed
+    flags = jax.tree.leaves((some.transition, some.within, some.direct))
+    leaves, treedef = jax.tree.flatten(jacobian)
+    pairs = zip(leaves, flags, strict=True)
+    leaves = [a if flag == fixed else None for a, flag in pairs]
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _narrow(jacobian: GroupJacobian, facts: Any) -> GroupJacobian:
@@ -107,7 +123,7 @@ def _narrow(jacobian: GroupJacobian, facts: Any) -> GroupJacobian:
 
 def credit(
     setting: Setting,
-    merged: dict[int, Any],
+    known: Values,
     trace: Sequence[Any] | None,
     totals: Sequence[Any] | None,
     reset: Any | None,
@@ -115,16 +131,16 @@ def credit(
 ) -> tuple[list[Any | None], tuple[Any, ...]]:
     """Per relation its gradient and its new trace.
 
-    `merged` are the values that the derivatives read and `totals` the derivatives of
-    each step's loss by the new hidden leaves, or None for no signal; both with time and
-    batch as one axis. Or else `edge`, per group and slot the derivative by the old
-    state: then the gradient is that of the old trace alone.
+    `known` is what the derivatives read and `totals` the derivatives of each step's
+    loss by the new hidden leaves, time and batch as one axis, or None for no signal. Or
+    else `edge`, per group and slot the derivative by the old state, for the gradient of
+    the old trace alone.
     """
     graph, rule = setting.graph, _local(setting.graph)
     gradients, traces = [], []
     if trace is not None:
         trace = rule.whole(graph.relations, trace)
-    windows = _windows(setting, merged, totals, reset, edge=edge)
+    windows = _windows(setting, known, totals, reset, edge=edge)
     for number, window in enumerate(windows):
         old = None if trace is None else trace[number]
         # Entries with time and batch in front meet those that have neither.
@@ -143,7 +159,7 @@ def _local(graph: ETraceGraph) -> LocalRule:
 
 def _windows(
     setting: Setting,
-    merged: dict[int, Any],
+    known: Values,
     totals: Sequence[Any] | None,
     reset: Any | None,
     later: Sequence[Sequence[Any]] | None = None,
@@ -151,19 +167,32 @@ def _windows(
 ) -> list[Window]:
     """What the rule is told, relation by relation."""
     graph = setting.graph
-    env = setting.env | unmerge(graph, merged)
+    env = setting.env | unmerge(graph, known.merged)
     groups = [
-        _group_window(setting, number, jacobian, totals, reset, later, edge)
-        for number, jacobian in enumerate(window_jacobians(setting, merged))
+        _group_window(setting, number, known, totals, reset, later, edge)
+        for number in range(len(graph.groups))
     ]
     found = []
     for number, relation in enumerate(graph.relations):
-        group, jacobian = groups[relation.group]
+        group, jacobian, jacobian_at = groups[relation.group]
         operands = _operands(setting, relation, env)
         mine = reduced(relation, group.group, jacobian, operands)
         moving = moving_operands(graph, relation)
-        found.append(Window(relation, number, group, mine, moving, graph.batch, reset))
+        at = ft.partial(_of_step, relation, group.group, operands, jacobian_at)
+        found.append(
+            Window(relation, number, group, mine, moving, graph.batch, reset, at)
+        )
     return found
+
+
+def _of_step(
+    relation: Relation,
+    group: HiddenGroup,
+    operands: tuple[Any, ...],
+    jacobian_at: Callable[[dict[int, Any]], GroupJacobian],
+    saved: dict[int, Any],
+) -> RelationJacobian:
+    return reduced(relation, group, jacobian_at(saved), operands)
 
 
 def _operands(
@@ -184,14 +213,15 @@ def _operands(
 def _group_window(
     setting: Setting,
     number: int,
-    jacobian: GroupJacobian,
+    known: Values,
     totals: Sequence[Any] | None,
     reset: Any | None,
     later: Sequence[Sequence[Any]] | None,
     edge: Sequence[Sequence[Any]] | None,
-) -> tuple[GroupWindow, GroupJacobian]:
+) -> tuple[GroupWindow, GroupJacobian, Callable[[dict[int, Any]], GroupJacobian]]:
     graph = setting.graph
     group = graph.groups[number]
+    jacobian, at = window_jacobian(setting, number, known)
     if totals is not None:
         read = jax.vmap(lambda leaves: group.read(dict(enumerate(leaves))))
         totals = unmerge(graph, read(list(totals)))
@@ -205,11 +235,12 @@ def _group_window(
         graph.batch,
         setting.steps,
         sorted({slot for relation in mine for slot in relation.array_slots}),
+        known.at,
         None if later is None else later[number],
         None if edge is None else edge[number],
     )
     transition = tuple(map(tuple, window.transition))
-    return window, dataclasses.replace(jacobian, transition=transition)
+    return window, dataclasses.replace(jacobian, transition=transition), at
 
 
 CHUNK = 32
@@ -227,16 +258,17 @@ def single_step_window(
     """Losses, gradients of the weights, state and trace: equal to step by step."""
     graph, part = setting.graph, readout(setting.graph)
     context = () if graph.exits is None else graph.exits.context
-    made = plan(graph, sorted({*local_reads(graph), *part.context, *context}))
-    ran = forward(setting, state, xs, reset, made.save)
-    merged = values(setting, ran, made)
+    read = sorted({*local_reads(graph), *part.context, *context})
+    made = plan(graph, read, in_a_row=reset is None)
+    ran = forward(setting, state, xs, reset, made)
+    found = values(setting, ran, made)
     length = _chunk(setting)
     if trace is None and length is not None and _local(graph).by_adjoint:
         result, total = _in_chunks(setting, ran, made, part, reset, losses, length)
-        new = credit(setting, merged, None, None, reset)[1]
+        new = credit(setting, found, None, None, reset)[1]
         return result, total, ran.state, new
-    result, direct, totals = _signals(setting, part, merged, losses)
-    gradients, new = credit(setting, merged, trace, totals, reset)
+    result, direct, totals = _signals(setting, part, found.merged, losses)
+    gradients, new = credit(setting, found, trace, totals, reset)
     return result, add_gradients(graph, direct, gradients), ran.state, new
 
 
@@ -321,11 +353,12 @@ def _in_chunks(
 
     def back(carry: Any, number: Any) -> tuple[Any, Any]:
         later, total = list(carry[0]), carry[1]
-        saved, fresh = window_of((ran.saved, reset), number, length)
-        merged = values(setting, ran._replace(saved=saved), made)
+        saved = part_of(ran.saved, made, number, length)
+        fresh = window_of(reset, number, length)
+        given = values(setting, ran._replace(saved=saved), made)
         now = losses.part(number, length)
-        result, direct, totals = _signals(setting, part, merged, now)
-        windows = _windows(setting, merged, totals, fresh, later)
+        result, direct, totals = _signals(setting, part, given.merged, now)
+        windows = _windows(setting, given, totals, fresh, later)
         with jax.numpy_rank_promotion("allow"):
             gradients = [rule.from_adjoint(window) for window in windows]
         found = add_gradients(graph, direct, gradients)

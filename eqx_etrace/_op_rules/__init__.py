@@ -16,7 +16,11 @@ from ._own import (
     check_op_rules as check_op_rules,
     own_elementwise as own_elementwise,
 )
-from ._products import cast as cast, product as product
+from ._products import (
+    cast as cast,
+    product as product,
+    sum_of_first as sum_of_first,
+)
 from ._use import OpUse as OpUse, describe_use as describe_use
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Shaped
 
 from .._jaxpr import CUSTOM
 from ._base import OpRule
-from ._products import cast, product
+from ._products import cast, product, sum_of_first
 from ._use import OpUse
 
 
@@ -50,7 +50,7 @@ class Elementwise(OpRule):
         stacked: Sequence[bool],
     ) -> Shaped[Array, "..."]:
         axes = 0, tuple(0 if moves else None for moves in stacked)
-        return jnp.sum(jax.vmap(self.influence, axes)(dfs, operands), axis=0)
+        return sum_of_first(jax.vmap(self.influence, axes)(dfs, operands))
 
 
 def elementwise(use: OpUse) -> Elementwise | None:

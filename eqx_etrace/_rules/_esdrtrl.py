@@ -258,44 +258,45 @@ class ESDRTRL(LocalRule):
         """The filters step by step, then one product over time and batch."""
         relation, group = window.relation, window.group
         zero = window.per_sample_of(self.init(relation))
-        old, signal = zero if trace is None else trace, None
-        if group.total is not None:
-            signal = group.signal
+        old, total = zero if trace is None else trace, group.total
 
-        def filtered(pre: Any, jacobian: RelationJacobian, _: Any) -> tuple[Any, Any]:
-            new = self._filtered(relation, pre, jacobian)
-            return new, None if signal is None else new
+        def filtered(pre: Any, parts: Any) -> tuple[Any, Any]:
+            new = self._filtered(relation, pre, window.step(parts))
+            return new, None if total is None else new
 
         def every_filtered() -> tuple[Any, Any]:
             if window.reset is None and window.group.steps <= AT_ONCE:
                 return self._filtered_at_once(window, old[0])
-            return _scanned(window, filtered, zero[0], old[0], None)
+            return _scanned(window, filtered, zero[0], old[0], window.parts)
 
         first = window.number if relation.same_x is None else relation.same_x
         pre, every = group.once((self, "x", first), every_filtered)
         first = window.number if relation.same_df is None else relation.same_df
         (post, weight), heard = group.once(
-            (self, "df", first), lambda: self._df(window, zero[1:], old[1:], signal)
+            (self, "df", first), lambda: self._df(window, zero[1:], old[1:], total)
         )
         new, gradient = FactorisedTrace(pre, post, weight), None
         if group.edge is not None and trace is not None:
             gradient = self.gradient(relation, trace, group.edge)
-        if signal is not None:
+        if total is not None:
             found = jax.tree.map(window.merged, (heard, every))
             gradient = self._product(relation, *found)
         return gradient, new
 
-    def _df(self, window: Window, zero: Any, old: Any, signal: Any) -> tuple[Any, Any]:
+    def _df(self, window: Window, zero: Any, old: Any, total: Any) -> tuple[Any, Any]:
         """The postsynaptic filters and their weight, and what they hear."""
         relation, pieces = window.relation, window.relation.pieces
         if pieces is None:
 
-            def driven(post: Any, jacobian: Any, signal: Any) -> tuple[Any, Any]:
+            def driven(post: Any, parts: Any, saved: Any) -> tuple[Any, Any]:
+                jacobian = window.at(saved)
                 new = self._driven(relation, post, jacobian)
-                heard = self._heard(relation, new, signal) if signal else None
-                return new, heard
+                if parts is None:
+                    return new, None
+                signal = window.group.signal_of(parts, jacobian.within)
+                return new, self._heard(relation, new, signal)
 
-            return _scanned(window, driven, zero, old, signal)
+            return _scanned(window, driven, zero, old, total, window.group.saved_at)
 
         def earlier(number: int) -> Any:
             return window.group.once((self, "df", number), _not_there)
@@ -303,7 +304,7 @@ class ESDRTRL(LocalRule):
         own = [None] * len(relation.slots), None
         if pieces.own is not None:
             zero, old = ((tuple(map(pieces.of_own, v)), w) for v, w in (zero, old))
-            (post, _), heard = self._df(window.of_own(), zero, old, signal)
+            (post, _), heard = self._df(window.of_own(), zero, old, total)
             own = post, heard
         post = tuple(
             pieces.joined(one, lambda n, i=i: earlier(n)[0][0][i])
@@ -345,22 +346,25 @@ def _not_there() -> Any:
 
 
 def _scanned(
-    window: Window, fun: Callable[..., Any], zero: Any, old: Any, signal: Any
+    window: Window,
+    fun: Callable[..., Any],
+    zero: Any,
+    old: Any,
+    parts: Any,
+    *at: Callable[[Any], Any],
 ) -> tuple[Any, Any]:
-    """`fun(trace, jacobian, signal) -> (trace, found)` of a sample, over all steps."""
+    """`fun(trace, parts) -> (trace, found)` of a sample, over all steps; the rest of
+    what it is given by functions of the number of the step."""
 
     def advance(trace: Any, step: Any) -> tuple[Any, Any]:
-        parts, reset, signal = step
+        parts, reset, number = step
         if reset is not None:
             trace = jax.tree.map(ft.partial(_renew, reset), zero, trace)
+        more = [given(number) for given in at]
+        return window.per_sample(fun, 0)(trace, parts, *more)
 
-        def one(trace: Any, parts: Any, signal: Any) -> Any:
-            return fun(trace, window.step(parts), signal)
-
-        return window.per_sample(one, 0)(trace, parts, signal)
-
-    steps = window.parts, window.reset, signal
-    return jax.lax.scan(advance, old, steps, length=window.group.steps)
+    steps = parts, window.reset, jnp.arange(window.group.steps)
+    return jax.lax.scan(advance, old, steps)
 
 
 def _renew(where: Any, new: Any, old: Any) -> Any:

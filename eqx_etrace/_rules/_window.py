@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
 from .._group import HiddenGroup
+from .._op_rules import sum_of_first
 from .._relation import Relation
 from .._same_step import partial_signal
 from ._base import RelationJacobian
@@ -44,6 +45,7 @@ class GroupWindow:
         batch: int | None,
         steps: int,
         rows: Sequence[int],
+        saved_at: Callable[[Any], Any],
         later: Sequence[Shaped[Array, "..."]] | None = None,
         edge: Sequence[Shaped[Array, "..."]] | None = None,
     ):
@@ -51,6 +53,7 @@ class GroupWindow:
         self._found: dict[Any, Any] = {}
         self.later = later  # What comes back from the window after this one.
         self.edge = edge  # The derivative by the old state, where that is known.
+        self.saved_at = saved_at  # What was saved of a step, the batch in front.
         self.batch, self.steps, self.rows = batch, steps, rows
         if alive is not None:  # What a lane forgets at a reset, it forgets altogether.
             transition = [
@@ -73,8 +76,11 @@ class GroupWindow:
         """The learning signal of every step, per slot; None where it is zero since
         nothing but the unit's own new state reads the slot."""
         assert self.total is not None
-        found = partial_signal(self.total, self.within)
-        pairs = zip(found, self.group.silent, strict=True)
+        return self.signal_of(self.total, self.within)
+
+    def signal_of(self, total: Sequence[Any], within: Rows) -> list[Any]:
+        """The learning signal from the derivative by the new state and L."""
+        pairs = zip(partial_signal(total, within), self.group.silent, strict=True)
         return [None if silent else signal for signal, silent in pairs]
 
     @ft.cached_property
@@ -240,6 +246,9 @@ class Window:
     - `stacked`: per operand in `jacobian.operands`, whether it has these axes.
     - `batch`: the batch size, or None.
     - `reset`: where a step starts from a new state, time and batch in front, or None.
+    - `at`: the Jacobian of a step and sample from what was saved of it,
+      `group.saved_at(step)`: entries that are read once need not be held in memory for
+      all steps.
     """
 
     relation: Relation
@@ -249,6 +258,7 @@ class Window:
     stacked: tuple[bool, ...]
     batch: int | None
     reset: Bool[Array, "..."] | None
+    at: Callable[[Any], RelationJacobian]
 
     @property
     def lead(self) -> int:
@@ -280,15 +290,22 @@ class Window:
 
     def of_own(self) -> "Window":
         """The same for the elements of y alone whose df no earlier relation has."""
-        pieces, jacobian = self.relation.pieces, self.jacobian
+        pieces = self.relation.pieces
         assert pieces is not None and pieces.map is not None
-        direct = [
-            d if d is None or d.shape[-1] == 1 else pieces.of_own(d)
-            for d in jacobian.direct
-        ]
-        relation = dataclasses.replace(self.relation, map=pieces.map, pieces=None)
-        jacobian = dataclasses.replace(jacobian, direct=direct)
-        return dataclasses.replace(self, relation=relation, jacobian=jacobian)
+
+        def own(jacobian: RelationJacobian) -> RelationJacobian:
+            direct = [
+                d if d is None or d.shape[-1] == 1 else pieces.of_own(d)
+                for d in jacobian.direct
+            ]
+            return dataclasses.replace(jacobian, direct=direct)
+
+        return dataclasses.replace(
+            self,
+            relation=dataclasses.replace(self.relation, map=pieces.map, pieces=None),
+            jacobian=own(self.jacobian),
+            at=lambda saved: own(self.at(saved)),
+        )
 
     def last(self) -> RelationJacobian:
         """The Jacobian of the last step, the batch in front."""
@@ -335,13 +352,20 @@ class Window:
             self.merged(operand) for operand in self.moving(self.jacobian.operands)
         ]
 
-        def y(w: Any) -> Any:
-            return jax.vmap(lambda *args: relation.y_of(w, self.operands(args)))(
-                *moving
-            )
+        w, q = self.jacobian.operands[relation.operand], self.merged(q)
 
-        value, pull = jax.vjp(y, self.jacobian.operands[relation.operand])
-        return pull(self.merged(q).astype(value.dtype))[0]
+        def y(w: Any, *args: Any) -> Any:
+            return relation.y_of(w, self.operands(args))
+
+        if relation.op.trace_shape == relation.y_shape:
+
+            def of_one(q: Any, *args: Any) -> Any:
+                value, pull = jax.vjp(lambda w: y(w, *args), w)
+                return pull(q.astype(value.dtype))[0]
+
+            return sum_of_first(jax.vmap(of_one)(q, *moving))
+        value, pull = jax.vjp(lambda w: jax.vmap(ft.partial(y, w))(*moving), w)
+        return pull(q.astype(value.dtype))[0]
 
 
 def _if_more(entry: Any | None, axes: int) -> Any | None:
