@@ -126,8 +126,9 @@ def forward(
     count = setting.steps
     number = jnp.arange(count)
     after = jnp.minimum(number + 1, count - 1)
-    leaves = {ref: state[place] for ref, place in own.items()}
-    rows = {r: jnp.zeros((count + 1, *a.shape), a.dtype) for r, a in leaves.items()}
+    zeros = {ref: jnp.zeros_like(state[place]) for ref, place in own.items()}
+    # Not zeros of this shape: over explicit axes an array lies where its like does.
+    rows = {r: jnp.broadcast_to(a, (count + 1, *a.shape)) for r, a in zeros.items()}
     steps = moving_leaves(setting, xs), number, after, reset
     start = list(state), made_for(0), rows
     (new, _, rows), (outs, saved) = jax.lax.scan(body, start, steps, length=count)

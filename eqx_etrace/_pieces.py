@@ -52,6 +52,15 @@ class Pieces(eqx.Module):
         parts.sort(key=lambda part: part[0])
         return jnp.concatenate([part for _, part in parts], axis=-1)
 
+    def joined_slots(
+        self, own: Sequence[Any | None], earlier: Callable[[int], Sequence[Any]]
+    ) -> tuple[Any, ...]:
+        """The same slot by slot."""
+        return tuple(
+            self.joined(one, lambda which, slot=slot: earlier(which)[slot])
+            for slot, one in enumerate(own)
+        )
+
 
 def make_pieces(runs: Sequence[Run], units: UnitMap) -> Pieces:
     own = _rest(runs, units.shape[0])

@@ -121,13 +121,13 @@ def shardings(
     rows = tuple(jtu.tree_leaves(layout.trace(lead=False))) if of_units else ()
     specs = tuple(sharding.spec for sharding in rows)
     spread = dataclasses.replace(graph, place=Place(mesh, of_batch, specs))
-    lead = of_batch or None
+    along = PartitionSpec(None, of_batch) if of_batch else PartitionSpec()
     return Shardings(
         params=layout.params(),
         state=layout.state(),
         trace=layout.trace(lead=True),
         x=layout.x(),
-        sequence=NamedSharding(mesh, PartitionSpec(None, lead)),
+        sequence=NamedSharding(mesh, along),
         graph=spread,
         local=local(spread),
     )

@@ -393,6 +393,8 @@ def test_where_things_are():
     trace = etrace.init_trace(there.graph)
     pairs = zip(jax.tree.leaves(trace), jax.tree.leaves(there.trace), strict=True)
     assert all(leaf.sharding.is_equivalent_to(at, leaf.ndim) for leaf, at in pairs)
+    alone = etrace.shardings(graph, mesh_of("units"), batch=None)
+    assert alone.sequence.spec == P()  # A mask of one number a step fits, too.
 
 
 def test_what_does_not_divide_is_on_all_devices():

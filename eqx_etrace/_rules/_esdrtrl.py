@@ -160,10 +160,7 @@ class ESDRTRL(LocalRule):
         if relation.pieces is not None:
             weight = earlier[relation.pieces.runs[0][2]].weight
             own = trace.postsynaptic or (None,) * len(relation.slots)
-            post = tuple(
-                relation.pieces.joined(one, lambda n, i=i: earlier[n].postsynaptic[i])
-                for i, one in enumerate(own)
-            )
+            post = relation.pieces.joined_slots(own, lambda n: earlier[n].postsynaptic)
             trace = trace._replace(postsynaptic=post, weight=weight)
         return trace
 
@@ -306,10 +303,7 @@ class ESDRTRL(LocalRule):
             zero, old = ((tuple(map(pieces.of_own, v)), w) for v, w in (zero, old))
             (post, _), heard = self._df(window.of_own(), zero, old, total)
             own = post, heard
-        post = tuple(
-            pieces.joined(one, lambda n, i=i: earlier(n)[0][0][i])
-            for i, one in enumerate(own[0])
-        )
+        post = pieces.joined_slots(own[0], lambda n: earlier(n)[0][0])
         (_, weight), heard = earlier(pieces.runs[0][2])
         if heard is not None:
             heard = pieces.joined(own[1], lambda n: earlier(n)[1])
