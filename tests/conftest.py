@@ -39,8 +39,8 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     import eqx_etrace.tasks  # noqa: F401 imported for the hook to take effect
 
 
-# All that these have is run; of other tests with many cases every second, third or
-# sixth one, and the rest with `-m long`.
+# All that these have is run; of other tests with many cases every second or sixth one,
+# and the rest with `-m long`.
 WHOLE = {"test_docs", "test_docstrings", "test_fuzz", "test_notebooks"}
 MANY = 6
 
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
     for (path, _), family in families.items():
         if path.stem in WHOLE or len(family) < MANY:
             continue
-        every = 2 if len(family) < 2 * MANY else 3 if len(family) < 4 * MANY else 6
+        every = 2 if len(family) < 2 * MANY else 6
         for number, case in enumerate(sorted(family)):
             if number % every:
                 for item in family[case]:
