@@ -94,8 +94,8 @@ def run(
     """One step of the full program: new state, output, and the values to keep, those
     of `graph.saved` unless others are named. `body` are its equations without those
     whose values are in `shared` already, some of them `through` other functions.
-    `at_door` is added to the new hidden leaves;
-    with `cut_at_door` their derivative is that by this change alone."""
+    `at_door` is added to the new hidden leaves; with `cut_at_door` their derivative is
+    that by this change alone."""
     first = graph.param_leaves.count
     env = dict(shared) | dict(
         zip(graph.program.inputs[first:], (*state, *x), strict=True)

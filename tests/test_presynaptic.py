@@ -282,8 +282,9 @@ def test_nothing_of_a_window_is_as_large_as_its_synapses(name):
         return compiled(*args)[1], memory.temp_size_in_bytes
 
     (found, small), (expected, large) = run(graph), run(apart(graph))
-    # JAX 0.12 holds a dozen arrays of a single step, 0.10 fewer than six.
-    assert small < 16 * u.nbytes and large > steps * u.nbytes
+    # Newer versions of XLA hold a dozen arrays of a single step.
+    most = 6 if jax.__version_info__ < (0, 11) else 16
+    assert small < most * u.nbytes and large > steps * u.nbytes
     alike(found, expected, 1e-12)
 
 
